@@ -1,0 +1,31 @@
+//! One request's life and one denoising step: plan -> forward -> decode -> commit.
+//!
+//! It knows models as mathematics, blocks, key/value pages and decoding policies. It does not know about
+//! networks, protobuf, text, async or clocks: whoever owns an [`Engine`] calls [`Engine::step`] in a loop.
+//!
+//! Modules in reading order:
+//! - [`request`]: what may be asked, the states of a request, the events it causes
+//! - [`policy`]: the closed set of decoding rules, one pure function each
+//! - [`block`]: the open block and how a policy's choice changes it
+//! - [`draw`], [`sample`]: counter-based randomness, top-k and top-p
+//! - [`pages`]: key/value pages
+//! - [`plan`]: which rows enter a step
+//! - [`step`]: the engine, and the hot loop
+//! - [`model`]: configuration, weights, forward pass
+//! - [`raw`]: token-level access for comparison with other implementations
+
+pub mod block;
+pub mod draw;
+pub mod model;
+pub mod pages;
+pub mod plan;
+pub mod policy;
+pub mod raw;
+pub mod request;
+pub mod sample;
+pub mod step;
+
+pub use model::{LoadError, LoadOptions, Model, ModelConfig, Reach};
+pub use policy::Policy;
+pub use request::{Event, Invalid, Reason, Refusal, Request, RequestId, Sampling, Settings};
+pub use step::{Engine, Limits, Load, StepReport};

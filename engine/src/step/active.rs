@@ -1,0 +1,347 @@
+//! A request that holds pages: its state, the rows it needs, what a pass makes of it.
+
+use super::{Batch, admission};
+use crate::block::{OpenBlock, Progress};
+use crate::draw::{Purpose, key};
+use crate::model::{ModelConfig, Reach, row_end};
+use crate::plan::{Grant, Need};
+use crate::policy::{Candidate, Change, Policy, decide};
+use crate::request::{BlockTrace, Ends, Event, Fill, Reason, Request};
+use unmask_kernels::{Draw, Row};
+
+/// Where a request stands. Kept rows `[kept, ..)` are those whose final keys and values are still to come.
+#[derive(Debug)]
+pub(super) enum State {
+    /// Prompt rows from `next` on are to be computed; the first block follows in the pass that ends them.
+    Prefill { next: u32 },
+    /// A block is open. Rows of the block before it, from `store` on, ride along with its first pass.
+    Denoise { block: OpenBlock, store: Option<u32> },
+    /// Autoregressive: rows from `next` on are to be computed, the last one scores the next position.
+    Decode { next: u32 },
+}
+
+/// A request that holds pages.
+#[derive(Debug)]
+pub(super) struct Active {
+    pub(super) request: Request,
+    pub(super) pages: Vec<u32>,
+    pub(super) paused: bool,
+    /// Number of the step that last carried its rows.
+    pub(super) last_step: u64,
+    state: State,
+    arrival: u64,
+    /// Prompt and everything committed.
+    tokens: Vec<u32>,
+    kept_reach: Reach,
+    open_reach: Reach,
+    ends: Ends,
+    block_size: u32,
+    canvas_end: u32,
+    /// End-of-sequence ids of the model; none for raw requests, whose stop ids say it all.
+    eos_ids: Vec<u32>,
+    mask_id: u32,
+    /// Passes that decided tokens.
+    nfe: u32,
+    /// Denoise or decode passes of this run, the index that traces give.
+    passes: u32,
+}
+
+impl Active {
+    pub(super) fn new(request: Request, pages: Vec<u32>, arrival: u64, config: &ModelConfig) -> Self {
+        let block_size = admission::block_size(&request);
+        let autoregressive = request.settings.policy == Policy::Autoregressive;
+        let prompt_len = request.prompt.len() as u32;
+        // What an earlier run committed counts only in whole blocks: the rest is decoded again.
+        let end = prompt_len + request.committed.len() as u32;
+        let boundary = (end - end % block_size).max(prompt_len);
+        let mut tokens = request.prompt.clone();
+        tokens.extend(&request.committed[..(boundary - prompt_len) as usize]);
+        let request_is_raw = request.raw;
+        let mut active = Self {
+            ends: admission::ends(&request, config),
+            canvas_end: admission::canvas_end(&request, config),
+            nfe: request.passes_used,
+            request,
+            pages,
+            paused: false,
+            last_step: 0,
+            state: State::Prefill { next: 0 },
+            arrival,
+            tokens,
+            kept_reach: if autoregressive { Reach::Causal } else { config.kept_reach },
+            open_reach: config.open_reach,
+            block_size,
+            eos_ids: if request_is_raw { Vec::new() } else { config.eos_ids.clone() },
+            mask_id: config.mask_id.unwrap_or(0),
+            passes: 0,
+        };
+        if !autoregressive && active.block_start() == 0 {
+            active.state = State::Denoise { block: active.open_block(), store: None };
+        }
+        active
+    }
+
+    fn autoregressive(&self) -> bool {
+        self.request.settings.policy == Policy::Autoregressive
+    }
+
+    /// First position of the block that holds the next undecided position.
+    fn block_start(&self) -> u32 {
+        let len = self.tokens.len() as u32;
+        len - len % self.block_size
+    }
+
+    fn open_block(&self) -> OpenBlock {
+        let start = self.block_start();
+        let len = self.block_size.min(self.canvas_end - start);
+        OpenBlock::new(start, len as usize, &self.tokens[start as usize..])
+    }
+
+    /// Rows not yet done.
+    pub(super) fn outstanding(&self) -> u64 {
+        let done = match &self.state {
+            State::Prefill { next } | State::Decode { next } => *next,
+            State::Denoise { block, .. } => block.start,
+        };
+        u64::from(self.canvas_end.saturating_sub(done))
+    }
+
+    /// What the next step could do for this request.
+    pub(super) fn need(&self) -> Need {
+        let granule = if self.kept_reach == Reach::Causal { 1 } else { self.block_size };
+        let base = Need {
+            priority: self.request.priority,
+            last_step: self.last_step,
+            arrival: self.arrival,
+            kept: 0,
+            granule,
+            open: 0,
+            splits: false,
+        };
+        let len = self.tokens.len() as u32;
+        match &self.state {
+            State::Prefill { next } if self.autoregressive() => Need { kept: len - next, splits: true, ..base },
+            State::Prefill { next } => {
+                let start = self.block_start();
+                let open = self.block_size.min(self.canvas_end - start);
+                Need { kept: start - next, open, splits: true, ..base }
+            }
+            State::Denoise { block, store } => {
+                Need { kept: store.map_or(0, |from| block.start - from), open: block.len() as u32, ..base }
+            }
+            State::Decode { next } => Need { kept: len - next, ..base },
+        }
+    }
+
+    /// Appends the granted rows to the batch, and opens the first block when the prompt's last rows are among them.
+    pub(super) fn push_rows(&mut self, grant: Grant, sequence: u32, batch: &mut Batch) {
+        if let (State::Prefill { next }, true) = (&self.state, grant.open) {
+            let next = *next;
+            self.state = if self.autoregressive() {
+                State::Decode { next }
+            } else {
+                State::Denoise { block: self.open_block(), store: Some(next) }
+            };
+        }
+        let from = match &self.state {
+            State::Prefill { next } | State::Decode { next } => *next,
+            State::Denoise { block, store } => store.unwrap_or(block.start),
+        };
+        for position in from..from + grant.kept {
+            let end = row_end(self.kept_reach, position, self.block_size, self.canvas_end);
+            batch.ids.push(self.tokens[position as usize]);
+            batch.rows.push(Row { sequence, position, end });
+        }
+        match &self.state {
+            State::Denoise { block, .. } if grant.open => self.push_open_rows(block, sequence, batch),
+            State::Decode { .. } => {
+                batch.outputs.push(batch.rows.len() as u32 - 1);
+                batch.draws.push(self.draw(self.tokens.len() as u32, 0));
+            }
+            _ => {}
+        }
+    }
+
+    fn push_open_rows(&self, block: &OpenBlock, sequence: u32, batch: &mut Batch) {
+        let policy = &self.request.settings.policy;
+        let block_end = block.start + block.len() as u32;
+        for (i, position) in (block.start..block_end).enumerate() {
+            let end = match self.open_reach {
+                Reach::Causal => position + 1,
+                Reach::Block | Reach::Bidirectional => block_end,
+            };
+            if block.can_change(i, policy) {
+                batch.outputs.push(batch.rows.len() as u32);
+                batch.draws.push(self.draw(position, block.step));
+            }
+            batch.ids.push(if block.masked[i] { self.mask_id } else { block.tokens[i] });
+            batch.rows.push(Row { sequence, position, end });
+        }
+    }
+
+    fn draw(&self, position: u32, step: u32) -> Draw {
+        let sampling = &self.request.settings.sampling;
+        Draw { temperature: sampling.temperature, key: key(sampling.seed, Purpose::Token, position, step) }
+    }
+
+    fn is_stop(&self, token: u32) -> bool {
+        self.eos_ids.contains(&token) || self.request.settings.stop_ids.contains(&token)
+    }
+
+    /// Takes a pass's candidates (one per output row, in order) and says whether the request is over.
+    pub(super) fn advance(
+        &mut self,
+        grant: Grant,
+        candidates: &[Candidate],
+        changes: &mut Vec<Change>,
+        events: &mut Vec<Event>,
+    ) -> Option<Reason> {
+        match &mut self.state {
+            State::Prefill { next } => {
+                *next += grant.kept;
+                return None;
+            }
+            State::Decode { next } => {
+                *next += grant.kept;
+                return self.advance_decode(candidates, events);
+            }
+            State::Denoise { store, .. } => *store = None,
+        }
+        self.advance_denoise(candidates, changes, events)
+    }
+
+    fn advance_decode(&mut self, candidates: &[Candidate], events: &mut Vec<Event>) -> Option<Reason> {
+        let Candidate { token, confidence, .. } = *candidates.first()?;
+        let position = self.tokens.len() as u32;
+        let from_prompt = position == (self.request.prompt.len() + self.request.committed.len()) as u32;
+        let pass = if from_prompt { -1 } else { self.passes as i32 };
+        self.nfe += 1;
+        self.passes += u32::from(!from_prompt);
+        if self.request.raw {
+            let trace = BlockTrace {
+                first_position: position,
+                tokens: vec![token],
+                fills: vec![Fill { position, token, pass, confidence }],
+                edits: Vec::new(),
+                passes: self.passes,
+            };
+            events.push(Event::Trace { id: self.request.id, trace });
+        }
+        self.commit(position, &[token], 1, events).or_else(|| self.capped())
+    }
+
+    fn advance_denoise(
+        &mut self,
+        candidates: &[Candidate],
+        changes: &mut Vec<Change>,
+        events: &mut Vec<Event>,
+    ) -> Option<Reason> {
+        let settings = &self.request.settings;
+        let State::Denoise { block, .. } = &mut self.state else { return None };
+        let mut proposals = candidates.iter();
+        let spread: Vec<Candidate> = (0..block.len())
+            .map(|i| if block.can_change(i, &settings.policy) { proposals.next().copied() } else { None })
+            .map(Option::unwrap_or_default)
+            .collect();
+        let immutable: Vec<bool> = (0..block.len()).map(|i| i < block.prompt_len).collect();
+        let random: Vec<u32> = (0..block.len() as u32)
+            .map(|i| key(settings.sampling.seed, Purpose::Order, block.start + i, 0)[0])
+            .collect();
+        decide(&settings.policy, &block.view(&immutable, &spread, &random, self.block_size), changes);
+        let progress = block.apply(&settings.policy, changes, &spread, self.passes as i32);
+        self.passes += 1;
+        self.nfe += 1;
+        match progress {
+            Progress::Done { changed } => self.finish_block(changed, events),
+            Progress::Open => {
+                if self.ends.at_first_stop && self.stop_settled(changes) {
+                    return self.finish_block(true, events);
+                }
+                self.send_draft(events);
+                self.capped()
+            }
+        }
+    }
+
+    /// Whether the output's end is known: a stop token with no mask before it, and no edit up to it in this pass.
+    fn stop_settled(&self, changes: &[Change]) -> bool {
+        let State::Denoise { block, .. } = &self.state else { return false };
+        let edits = self.request.settings.policy.edits();
+        block
+            .settled_stop(|token| self.is_stop(token))
+            .is_some_and(|at| !edits || changes.iter().all(|change| change.index > at))
+    }
+
+    fn send_draft(&self, events: &mut Vec<Event>) {
+        let State::Denoise { block, .. } = &self.state else { return };
+        if self.request.drafts {
+            events.push(Event::Draft {
+                id: self.request.id,
+                first_position: block.start,
+                tokens: block.tokens.clone(),
+                masked: block.masked.clone(),
+                step: block.step,
+            });
+        }
+    }
+
+    /// Commits the open block and opens the next one.
+    fn finish_block(&mut self, changed: bool, events: &mut Vec<Event>) -> Option<Reason> {
+        let State::Denoise { block, .. } = std::mem::replace(&mut self.state, State::Prefill { next: 0 }) else {
+            return None;
+        };
+        let (start, steps) = (block.start, block.step);
+        // Masks can be left only behind a stop token, where nothing is read.
+        let first_mask = block.masked.iter().position(|&m| m).unwrap_or(block.len());
+        let fresh = block.tokens[block.prompt_len..first_mask].to_vec();
+        let first_position = start + block.prompt_len as u32;
+        if self.request.raw {
+            events.push(Event::Trace { id: self.request.id, trace: block.into_trace(self.passes) });
+        }
+        let over = self.commit(first_position, &fresh, steps, events);
+        if over.is_some() {
+            return over;
+        }
+        // The last pass saw the final tokens only if it changed nothing; then, where kept rows reach as far as
+        // open ones, their keys and values stand.
+        let stands = !changed && self.kept_reach == self.open_reach;
+        self.state = State::Denoise { block: self.open_block(), store: (!stands).then_some(start) };
+        self.capped()
+    }
+
+    /// Makes tokens part of the output, up to a stop token or the length asked for.
+    fn commit(&mut self, first_position: u32, fresh: &[u32], steps: u32, events: &mut Vec<Event>) -> Option<Reason> {
+        let limit = self.request.prompt.len() as u32 + self.request.settings.max_tokens;
+        let room = (limit - first_position) as usize;
+        let stop = fresh.iter().position(|&token| self.is_stop(token));
+        let (count, reason) = match stop {
+            Some(at) if at < room && self.eos_ids.contains(&fresh[at]) => (at, Some(Reason::Eos)),
+            Some(at) if at < room => (at, Some(Reason::Stop)),
+            _ if fresh.len() >= room => (room, Some(Reason::Length)),
+            _ => (fresh.len(), None),
+        };
+        self.tokens.extend(&fresh[..count]);
+        if count > 0 {
+            let tokens = fresh[..count].to_vec();
+            events.push(Event::Commit { id: self.request.id, first_position, tokens, steps });
+        }
+        reason
+    }
+
+    fn capped(&self) -> Option<Reason> {
+        let cap = self.request.settings.nfe_cap;
+        (cap > 0 && self.nfe >= cap).then_some(Reason::NfeCap)
+    }
+
+    /// The event that ends the request.
+    pub(super) fn finished(&self, reason: Reason) -> Event {
+        let prompt_tokens = self.request.prompt.len() as u32;
+        Event::Finished {
+            id: self.request.id,
+            reason,
+            nfe: self.nfe,
+            prompt_tokens,
+            completion_tokens: self.tokens.len() as u32 - prompt_tokens,
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Whether a request can be honoured, and how much it needs.
+
+use super::Limits;
+use crate::model::ModelConfig;
+use crate::pages::Pages;
+use crate::policy::Policy;
+use crate::request::{BLOCK_SIZE_MAX, Ends, Invalid, POSITIONS_MAX, Refusal, Request, STOP_IDS_MAX};
+
+/// Checks everything about a request that the model and the limits decide.
+pub(super) fn check(request: &Request, config: &ModelConfig, limits: &Limits) -> Result<(), Refusal> {
+    let mut found = Vec::new();
+    let mut require = |ok: bool, field: &str, message: String| {
+        if !ok {
+            found.push(Invalid { field: field.into(), message });
+        }
+    };
+    let settings = &request.settings;
+    require(!request.prompt.is_empty(), "prompt", "is empty: give at least one token".into());
+    let vocab = config.vocab_rows as u32;
+    for (field, ids) in [("prompt", &request.prompt), ("committed", &request.committed)] {
+        let outside = ids.iter().position(|&id| id >= vocab);
+        require(outside.is_none(), field, outside.map_or(String::new(), |at| out_of_range(at, ids[at], vocab)));
+    }
+    require(settings.max_tokens >= 1, "max_tokens", "must be at least 1".into());
+    let positions = u64::from(settings.max_tokens) + request.prompt.len() as u64;
+    let context = config.context_length.min(POSITIONS_MAX);
+    require(
+        positions <= u64::from(context),
+        "max_tokens",
+        format!(
+            "prompt ({} tokens) and max_tokens ({}) together exceed the context of {context}",
+            request.prompt.len(),
+            settings.max_tokens
+        ),
+    );
+    require(
+        request.committed.len() as u64 <= u64::from(settings.max_tokens),
+        "committed",
+        format!("holds {} tokens, more than max_tokens {}", request.committed.len(), settings.max_tokens),
+    );
+    require(
+        settings.stop_ids.len() <= STOP_IDS_MAX,
+        "stop_ids",
+        format!("holds {} ids, at most {STOP_IDS_MAX} are taken", settings.stop_ids.len()),
+    );
+    check_decoding(request, config, limits, &mut found);
+    if !found.is_empty() {
+        return Err(Refusal::Invalid(found));
+    }
+    let needed = pages_needed(request, config);
+    if needed > limits.pages {
+        return Err(Refusal::TooLong { needed, total: limits.pages });
+    }
+    Ok(())
+}
+
+fn out_of_range(at: usize, id: u32, vocab: u32) -> String {
+    format!("id {id} at index {at} is out of range: the vocabulary has ids 0 to {}", vocab.saturating_sub(1))
+}
+
+fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, found: &mut Vec<Invalid>) {
+    let settings = &request.settings;
+    let sampling = &settings.sampling;
+    let mut require = |ok: bool, field: &str, message: String| {
+        if !ok {
+            found.push(Invalid { field: field.into(), message });
+        }
+    };
+    require(
+        sampling.temperature >= 0.0 && sampling.temperature.is_finite(),
+        "temperature",
+        format!("must be at least 0 and finite, is {}", sampling.temperature),
+    );
+    require(sampling.top_p > 0.0 && sampling.top_p <= 1.0, "top_p", format!("must be in (0, 1], is {}", sampling.top_p));
+    if settings.policy == Policy::Autoregressive {
+        require(
+            config.can_autoregress(),
+            "policy",
+            format!("{} was not trained to predict the next token: choose a block diffusion policy", config.name),
+        );
+        return;
+    }
+    require(
+        config.can_diffuse(),
+        "policy",
+        format!("{} is not a block diffusion model: choose the autoregressive policy", config.name),
+    );
+    let size = settings.block_size;
+    let trained = request.raw || config.block_sizes.contains(&size);
+    require(
+        (1..=BLOCK_SIZE_MAX.min(limits.rows_max / 8)).contains(&size) && trained,
+        "block_size",
+        format!("must be one of {:?}, is {size}", config.block_sizes),
+    );
+    require(
+        !settings.policy.edits() || config.edit || request.raw,
+        "policy",
+        format!("{} was not trained to edit: joint_edit is not available", config.name),
+    );
+    found.extend(settings.policy.violations(size.max(1)));
+}
+
+/// How the outputs of a request end.
+pub(super) fn ends(request: &Request, config: &ModelConfig) -> Ends {
+    request.settings.ends.unwrap_or_else(|| config.family.ends())
+}
+
+/// Rows decoded together.
+pub(super) fn block_size(request: &Request) -> u32 {
+    if request.settings.policy == Policy::Autoregressive { 1 } else { request.settings.block_size }
+}
+
+/// One past the last position the request can touch.
+pub(super) fn canvas_end(request: &Request, config: &ModelConfig) -> u32 {
+    let end = request.prompt.len() as u32 + request.settings.max_tokens;
+    if ends(request, config).whole_last_block { end.next_multiple_of(block_size(request)) } else { end }
+}
+
+/// Pages the request holds from admission to its end, so that it never waits for one in between.
+pub(super) fn pages_needed(request: &Request, config: &ModelConfig) -> usize {
+    Pages::needed(canvas_end(request, config))
+}

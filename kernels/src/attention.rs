@@ -1,0 +1,317 @@
+//! Softmax attention of each row over the cached slots `[0, end)` of its sequence.
+//!
+//! One kernel serves prefill, denoise, store and autoregressive rows: online softmax (Milakov and Gimelshein 2018) page
+//! by page at absolute page boundaries. Rows of one sequence and the query heads of one key/value head share the loads
+//! of a page; the arithmetic of a query is the same whatever it shares them with.
+
+use half::bf16;
+
+use crate::Cpu;
+use crate::exp::{exp, largest};
+use crate::kv::{HEAD_DIM_MAX, HeadShape, KvCache, KvElement, KvType, PAGE_SLOTS, Row, RowTable};
+use crate::lanes::*;
+use crate::rows::RowsMut;
+
+/// Rows per task; tiles start at multiples of it.
+const TILE_ROWS: usize = 8;
+
+/// Queries that share the loads of a page.
+const QUERIES_MAX: usize = 8;
+
+/// Elements that the loops handle at once: the widest vector of any ISA.
+const CHUNK: usize = 16;
+
+/// Vectors of the narrowest ISA (4 lanes) in a chunk.
+const CHUNK_VECTORS: usize = 4;
+
+/// What every task of one call shares.
+struct Attention<'a> {
+    qkv: &'a [f32],
+    shape: HeadShape,
+    rows: RowTable<'a>,
+    layer: usize,
+    kv: &'a KvCache,
+    out: RowsMut<'a, f32>,
+}
+
+/// Running state of up to [`QUERIES_MAX`] queries of one sequence and key/value head.
+#[repr(C, align(64))]
+struct State {
+    /// Per query the sum of weighted values, `stride` elements apart.
+    sums: [f32; QUERIES_MAX * HEAD_DIM_MAX],
+    /// Scores of one page, then their exponentials.
+    weights: [[f32; PAGE_SLOTS]; QUERIES_MAX],
+    max: [f32; CHUNK],
+    total: [f32; QUERIES_MAX],
+}
+
+impl Cpu {
+    /// `out(rows, heads * head_dim)`: row `r` attends to slots `[0, end_r)` of its sequence, scores scaled by
+    /// `1 / sqrt(head_dim)`. Keys and values come from the cache only; of `qkv` the queries are read.
+    pub fn attention(
+        &self,
+        qkv: &[f32],
+        shape: &HeadShape,
+        rows: &RowTable<'_>,
+        layer: usize,
+        kv: &KvCache,
+        out: &mut [f32],
+    ) {
+        shape.check();
+        kv.check(shape, layer);
+        rows.check(kv.pages());
+        assert_eq!(qkv.len(), rows.rows.len() * shape.qkv_width(), "qkv must hold one row per entry of the table");
+        assert_eq!(out.len(), rows.rows.len() * shape.out_width(), "out must hold one row per entry of the table");
+        let tiles = rows.rows.len().div_ceil(TILE_ROWS);
+        let job = Attention { qkv, shape: *shape, rows: *rows, layer, kv, out: RowsMut::new(out) };
+        let isa = self.isa();
+        self.pool().run(tiles * shape.kv_heads, &|task| {
+            let (tile, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
+            dispatch!(isa, run_tile(&job, tile, kv_head))
+        });
+    }
+}
+
+/// # Safety
+/// The ISA of `L` must be present, and no other thread may work on the same tile and head.
+#[inline(always)]
+unsafe fn run_tile<L: Lanes>(job: &Attention<'_>, tile: usize, kv_head: usize) {
+    let rows = job.rows.rows;
+    let end = rows.len().min((tile + 1) * TILE_ROWS);
+    let mut first = tile * TILE_ROWS;
+    let mut state = State { sums: [0.0; _], weights: [[0.0; _]; _], max: [0.0; _], total: [0.0; _] };
+    while first < end {
+        let sequence = rows[first].sequence;
+        let count = rows[first..end].iter().take_while(|row| row.sequence == sequence).count();
+        // SAFETY: the caller's promise.
+        unsafe {
+            match job.kv.dtype() {
+                KvType::F32 => run_sequence::<L, f32>(job, first, count, kv_head, &mut state),
+                KvType::Bf16 => run_sequence::<L, bf16>(job, first, count, kv_head, &mut state),
+            }
+        }
+        first += count;
+    }
+}
+
+/// All queries of `count` rows of one sequence, in groups as large as registers allow.
+///
+/// # Safety
+/// As [`run_tile`]; `E` must be the cache's element.
+#[inline(always)]
+unsafe fn run_sequence<L: Lanes, E: KvElement>(
+    job: &Attention<'_>,
+    first: usize,
+    count: usize,
+    kv_head: usize,
+    state: &mut State,
+) {
+    // 8 queries by 2 vectors of scores fit 32 vector registers, 4 by 2 fit 16.
+    let at_once = if L::WIDTH >= CHUNK { 8 } else { 4 };
+    let total = count * job.shape.group();
+    let mut done = 0;
+    while done < total {
+        let left = (total - done).min(at_once);
+        let group = Group { job, first, kv_head, query: done };
+        // SAFETY: the caller's promise.
+        unsafe {
+            done += match left {
+                8.. => group.run::<L, E, 8>(state),
+                4.. => group.run::<L, E, 4>(state),
+                2.. => group.run::<L, E, 2>(state),
+                _ => group.run::<L, E, 1>(state),
+            };
+        }
+    }
+}
+
+/// Consecutive queries of one sequence and key/value head, counted row by row from row `first`.
+struct Group<'a> {
+    job: &'a Attention<'a>,
+    first: usize,
+    kv_head: usize,
+    query: usize,
+}
+
+impl Group<'_> {
+    /// Row and query head of the `i`-th query of the group.
+    #[inline(always)]
+    fn locate(&self, i: usize) -> (usize, usize) {
+        let (index, group) = (self.query + i, self.job.shape.group());
+        (self.first + index / group, self.kv_head * group + index % group)
+    }
+
+    #[inline(always)]
+    fn row(&self, i: usize) -> Row {
+        self.job.rows.rows[self.locate(i).0]
+    }
+
+    #[inline(always)]
+    fn source(&self, i: usize) -> &[f32] {
+        let (row, head) = self.locate(i);
+        let shape = &self.job.shape;
+        &self.job.qkv[row * shape.qkv_width() + head * shape.head_dim..][..shape.head_dim]
+    }
+
+    /// Attends with `Q` queries over all their pages; returns `Q`.
+    #[inline(always)]
+    unsafe fn run<L: Lanes, E: KvElement, const Q: usize>(&self, state: &mut State) -> usize {
+        let (job, dims) = (self.job, self.job.shape.head_dim);
+        let stride = dims.next_multiple_of(CHUNK);
+        let sources: [&[f32]; Q] = std::array::from_fn(|i| self.source(i));
+        let ends: [usize; Q] = std::array::from_fn(|i| self.row(i).end as usize);
+        let table = job.rows.tables[self.row(0).sequence as usize];
+        state.sums[..Q * stride].fill(0.0);
+        state.max = [f32::NEG_INFINITY; CHUNK];
+        state.total = [0.0; QUERIES_MAX];
+        let last = ends.iter().copied().max().unwrap_or(0);
+        for (index, &page) in table[..last.div_ceil(PAGE_SLOTS)].iter().enumerate() {
+            let (keys, values) = job.kv.block::<E>(job.layer, page as usize, self.kv_head);
+            let slots = ends.map(|end| end.saturating_sub(index * PAGE_SLOTS).min(PAGE_SLOTS));
+            // SAFETY: `block` hands out whole pages, sources are `head_dim` long, the ISA is present.
+            unsafe {
+                if slots.iter().all(|&count| count == slots[0]) {
+                    Page { keys, values, dims, stride, slots: slots[0] }.step::<L, Q>(sources, 0, state);
+                } else {
+                    for i in (0..Q).filter(|&i| slots[i] > 0) {
+                        Page { keys, values, dims, stride, slots: slots[i] }.step::<L, 1>([sources[i]], i, state);
+                    }
+                }
+            }
+        }
+        for i in 0..Q {
+            let (row, head) = self.locate(i);
+            // SAFETY: rows and heads of different tasks do not overlap.
+            let out = unsafe { job.out.range(row * job.shape.out_width() + head * dims, dims) };
+            let scale = 1.0 / state.total[i];
+            for (out, &sum) in out.iter_mut().zip(&state.sums[i * stride..][..dims]) {
+                *out = sum * scale;
+            }
+        }
+        Q
+    }
+}
+
+/// One page of one head, of which the first `slots` take part.
+struct Page<'a, E> {
+    keys: &'a [E],
+    values: &'a [E],
+    dims: usize,
+    stride: usize,
+    slots: usize,
+}
+
+impl<E: KvElement> Page<'_, E> {
+    /// Folds the page into queries `at..at + Q` of the state.
+    ///
+    /// # Safety
+    /// The ISA of `L` must be present; the slices must have the lengths of a page.
+    #[inline(always)]
+    unsafe fn step<L: Lanes, const Q: usize>(&self, sources: [&[f32]; Q], at: usize, state: &mut State) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.scores::<L, Q>(&sources, at, state);
+            let scale = self.softmax::<L, Q>(at, state);
+            self.accumulate::<L, Q>(at, &scale, state);
+        }
+    }
+
+    /// Scaled scores into `state.weights`; minus infinity beyond `slots`, where keys may be stale.
+    #[inline(always)]
+    unsafe fn scores<L: Lanes, const Q: usize>(&self, sources: &[&[f32]; Q], at: usize, state: &mut State) {
+        let keys = self.keys.as_ptr();
+        // SAFETY: `d < dims` and `slot + 2 * WIDTH <= PAGE_SLOTS` stay inside the page; sources hold `dims` elements.
+        unsafe {
+            let scale = L::splat(1.0 / (self.dims as f32).sqrt());
+            for slot in (0..PAGE_SLOTS).step_by(2 * L::WIDTH) {
+                let mut sums = [[L::zero(); 2]; Q];
+                for d in 0..self.dims {
+                    let low = E::load::<L>(keys.add(d * PAGE_SLOTS + slot));
+                    let high = E::load::<L>(keys.add(d * PAGE_SLOTS + slot + L::WIDTH));
+                    for i in 0..Q {
+                        let q = L::splat(*sources[i].get_unchecked(d));
+                        sums[i] = [q.fma(low, sums[i][0]), q.fma(high, sums[i][1])];
+                    }
+                }
+                for i in 0..Q {
+                    let weights = state.weights[at + i].as_mut_ptr().add(slot);
+                    sums[i][0].mul(scale).store(weights);
+                    sums[i][1].mul(scale).store(weights.add(L::WIDTH));
+                }
+            }
+        }
+        for weights in &mut state.weights[at..at + Q] {
+            weights[self.slots..].fill(f32::NEG_INFINITY);
+        }
+    }
+
+    /// Scores become exponentials under the running maximum; returns the factors that bring earlier sums under it.
+    #[inline(always)]
+    unsafe fn softmax<L: Lanes, const Q: usize>(&self, at: usize, state: &mut State) -> [f32; CHUNK] {
+        let mut factors = [0.0f32; CHUNK];
+        let mut sums = [0.0f32; Q];
+        // SAFETY: offsets stay below PAGE_SLOTS and CHUNK, both multiples of WIDTH; the caller promises the ISA.
+        unsafe {
+            for i in 0..Q {
+                let weights = &mut state.weights[at + i];
+                let mut page_max = L::load(weights.as_ptr());
+                for slot in (L::WIDTH..PAGE_SLOTS).step_by(L::WIDTH) {
+                    page_max = page_max.max(L::load(weights.as_ptr().add(slot)));
+                }
+                let max = state.max[at + i].max(largest(page_max));
+                factors[i] = state.max[at + i] - max;
+                state.max[at + i] = max;
+                for slot in (0..PAGE_SLOTS).step_by(L::WIDTH) {
+                    let shifted = L::load(weights.as_ptr().add(slot)).sub(L::splat(max));
+                    exp(shifted).store(weights.as_mut_ptr().add(slot));
+                }
+                weights[self.slots..].fill(0.0);
+                let mut sum = L::load(weights.as_ptr());
+                for slot in (L::WIDTH..PAGE_SLOTS).step_by(L::WIDTH) {
+                    sum = sum.add(L::load(weights.as_ptr().add(slot)));
+                }
+                sums[i] = sum.reduce_sum();
+            }
+            for lane in (0..CHUNK).step_by(L::WIDTH) {
+                exp(L::load(factors.as_ptr().add(lane))).store(factors.as_mut_ptr().add(lane));
+            }
+        }
+        for i in 0..Q {
+            state.total[at + i] = state.total[at + i] * factors[i] + sums[i];
+        }
+        factors
+    }
+
+    /// `sums = sums * factor + weights * values`; slots in ascending order, those beyond `slots` not touched.
+    #[inline(always)]
+    unsafe fn accumulate<L: Lanes, const Q: usize>(&self, at: usize, factors: &[f32; CHUNK], state: &mut State) {
+        let values = self.values.as_ptr();
+        // SAFETY: `chunk + v * WIDTH + WIDTH <= stride`; the state holds `QUERIES_MAX` rows of at least `stride`.
+        unsafe {
+            for chunk in (0..self.stride).step_by(CHUNK) {
+                let mut acc = [[L::zero(); CHUNK_VECTORS]; Q];
+                for i in 0..Q {
+                    for v in 0..CHUNK / L::WIDTH {
+                        let sums = state.sums.as_ptr().add((at + i) * self.stride + chunk + v * L::WIDTH);
+                        acc[i][v] = L::load(sums).mul(L::splat(factors[i]));
+                    }
+                }
+                for slot in 0..self.slots {
+                    for v in 0..CHUNK / L::WIDTH {
+                        let value = E::load::<L>(values.add(slot * self.stride + chunk + v * L::WIDTH));
+                        for i in 0..Q {
+                            let weight = L::splat(*state.weights[at + i].get_unchecked(slot));
+                            acc[i][v] = weight.fma(value, acc[i][v]);
+                        }
+                    }
+                }
+                for i in 0..Q {
+                    for v in 0..CHUNK / L::WIDTH {
+                        let sums = state.sums.as_mut_ptr().add((at + i) * self.stride + chunk + v * L::WIDTH);
+                        acc[i][v].store(sums);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! Operations of a denoising step on CPU buffers, and the thread pool that runs them.
+//!
+//! It knows numbers, shapes and instruction sets. It does not know what a model, a request or a block is.
+//! The only crate with `unsafe`: vector instructions, and buffers that several threads write in disjoint parts.
+//!
+//! Modules in reading order:
+//! - [`reference`]: every operation in plain f64, the definition the others are compared with
+//! - [`isa`], [`pool`], `lanes`: instruction sets, threads, vectors
+//! - [`pack`], [`gemm`]: products with packed weights, the bulk of a step
+//! - [`dense`]: products of two plain matrices, for the trainer
+//! - [`kv`], [`rope`], [`attention`]: key/value pages and what reads them
+//! - [`norm`], [`embed`], [`vocab`]: the rest of a step
+
+#![allow(unsafe_code)]
+
+#[macro_use]
+mod lanes;
+
+pub mod attention;
+pub mod dense;
+pub mod embed;
+mod exp;
+pub mod gemm;
+pub mod isa;
+pub mod kv;
+pub mod norm;
+pub mod pack;
+pub mod pool;
+pub mod reference;
+pub mod rope;
+mod rows;
+pub mod vocab;
+
+pub use dense::MatRef;
+pub use embed::EmbeddingTable;
+pub use gemm::Epilogue;
+pub use isa::{Isa, IsaError};
+pub use kv::{HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
+pub use pack::{Packed, WeightType};
+pub use pool::Pool;
+pub use rope::{QkNorm, Rotary};
+pub use vocab::{Bans, Draw, Record, gumbel};
+
+/// An instruction set and the threads that use it.
+pub struct Cpu {
+    isa: Isa,
+    pool: Pool,
+}
+
+impl Cpu {
+    /// Kernels of `isa` on `threads` threads (at least 1).
+    pub fn new(isa: Isa, threads: usize) -> Cpu {
+        Cpu { isa, pool: Pool::new(threads) }
+    }
+
+    /// The instruction set.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The threads.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+}

@@ -1,0 +1,153 @@
+//! Rotary embedding, optional query/key norm, and the append to the cache, in one pass over a step's rows.
+
+use half::bf16;
+
+use crate::Cpu;
+use crate::kv::{HeadShape, KvCache, KvElement, KvType, KvWriter, PAGE_SLOTS, RowTable};
+use crate::norm::{TASK_ELEMENTS, rms_scale};
+use crate::rows::RowsMut;
+
+/// Cosines and sines of the rotary embedding (Su et al. 2021, "RoFormer"), halves paired: `(i, i + rotary_dim / 2)`.
+pub struct Rotary {
+    head_dim: usize,
+    half: usize,
+    positions: usize,
+    /// `(positions, 2, half)`: cosines, then sines.
+    table: Vec<f32>,
+}
+
+impl Rotary {
+    /// Tables for `positions` positions, computed in f64. The first `rotary_dim` (even) of `head_dim` elements rotate.
+    pub fn new(head_dim: usize, rotary_dim: usize, theta: f64, positions: usize) -> Rotary {
+        assert!(rotary_dim.is_multiple_of(2) && rotary_dim <= head_dim, "rotary_dim {rotary_dim} of {head_dim}");
+        let half = rotary_dim / 2;
+        let frequencies: Vec<f64> = (0..half).map(|i| theta.powf(-2.0 * i as f64 / rotary_dim as f64)).collect();
+        let mut table = Vec::with_capacity(positions * rotary_dim);
+        for position in 0..positions {
+            table.extend(frequencies.iter().map(|f| (position as f64 * f).cos() as f32));
+            table.extend(frequencies.iter().map(|f| (position as f64 * f).sin() as f32));
+        }
+        Rotary { head_dim, half, positions, table }
+    }
+
+    /// Positions the tables cover.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    #[inline(always)]
+    fn rotate(&self, head: &mut [f32], position: usize) {
+        let (cos, sin) = self.table[position * 2 * self.half..][..2 * self.half].split_at(self.half);
+        let (low, high) = head[..2 * self.half].split_at_mut(self.half);
+        for (((low, high), &cos), &sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+            let (a, b) = (*low, *high);
+            *low = a * cos - b * sin;
+            *high = b * cos + a * sin;
+        }
+    }
+}
+
+/// Weights of the per-head RMS norm of queries and keys, each `head_dim` elements.
+#[derive(Clone, Copy, Debug)]
+pub struct QkNorm<'a> {
+    /// Weight of the query norm.
+    pub q: &'a [f32],
+    /// Weight of the key norm.
+    pub k: &'a [f32],
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// What every task of one call shares.
+struct Append<'a, E> {
+    qkv: RowsMut<'a, f32>,
+    shape: HeadShape,
+    rotary: &'a Rotary,
+    norms: Option<QkNorm<'a>>,
+    rows: &'a RowTable<'a>,
+    writer: KvWriter<'a, E>,
+}
+
+impl Cpu {
+    /// Per row of `qkv` (queries, keys, values side by side, [`HeadShape::qkv_width`] columns): optional per-head RMS
+    /// norm of queries and keys, rotary on both (in place), then keys and values go to the cache slots of the rows.
+    /// Where two rows name one slot, the later row stays.
+    #[allow(clippy::too_many_arguments)]
+    pub fn rope_append(
+        &self,
+        qkv: &mut [f32],
+        shape: &HeadShape,
+        rotary: &Rotary,
+        norms: Option<QkNorm<'_>>,
+        rows: &RowTable<'_>,
+        layer: usize,
+        kv: &mut KvCache,
+    ) {
+        shape.check();
+        kv.check(shape, layer);
+        rows.check(kv.pages());
+        assert_eq!(qkv.len(), rows.rows.len() * shape.qkv_width(), "qkv must hold one row per entry of the table");
+        assert_eq!(rotary.head_dim, shape.head_dim, "the rotary tables are for another head width");
+        let covered = rows.rows.iter().all(|row| (row.position as usize) < rotary.positions);
+        assert!(covered, "a position is outside the {} of the rotary tables", rotary.positions);
+        if let Some(norms) = &norms {
+            let fits = norms.q.len() == shape.head_dim && norms.k.len() == shape.head_dim;
+            assert!(fits, "query and key norms must hold {} weights", shape.head_dim);
+        }
+        let qkv = RowsMut::new(qkv);
+        let shape = *shape;
+        match kv.dtype() {
+            KvType::F32 => {
+                self.append(&Append { qkv, shape, rotary, norms, rows, writer: kv.writer::<f32>(layer) });
+            }
+            KvType::Bf16 => {
+                self.append(&Append { qkv, shape, rotary, norms, rows, writer: kv.writer::<bf16>(layer) });
+            }
+        }
+    }
+
+    fn append<E: KvElement>(&self, job: &Append<'_, E>) {
+        // A task is a run of head columns over all rows: tasks own whole heads of the cache, whatever the rows are.
+        let columns = job.shape.heads + 2 * job.shape.kv_heads;
+        let per_task = TASK_ELEMENTS.div_ceil(job.rows.rows.len().max(1) * job.shape.head_dim);
+        self.pool().run(columns.div_ceil(per_task), &|task| {
+            for column in task * per_task..columns.min((task + 1) * per_task) {
+                // SAFETY: each column belongs to one task.
+                unsafe { job.column(column) };
+            }
+        });
+    }
+}
+
+impl<E: KvElement> Append<'_, E> {
+    /// # Safety
+    /// No other thread may work on the same column at the same time.
+    unsafe fn column(&self, column: usize) {
+        let (dims, width) = (self.shape.head_dim, self.shape.qkv_width());
+        let (first_key, first_value) = (self.shape.heads, self.shape.heads + self.shape.kv_heads);
+        for (i, row) in self.rows.rows.iter().enumerate() {
+            // SAFETY: columns of different tasks do not overlap.
+            let head = unsafe { self.qkv.range(i * width + column * dims, dims) };
+            let position = row.position as usize;
+            if column < first_value {
+                if let Some(norms) = &self.norms {
+                    let scale = rms_scale(head, norms.eps);
+                    let weight = if column < first_key { norms.q } else { norms.k };
+                    for (v, &weight) in head.iter_mut().zip(weight) {
+                        *v = *v * scale * weight;
+                    }
+                }
+                self.rotary.rotate(head, position);
+            }
+            let page = self.rows.tables[row.sequence as usize][position / PAGE_SLOTS] as usize;
+            // SAFETY: keys and values of one head are written by the one task that owns its column.
+            unsafe {
+                if column >= first_value {
+                    self.writer.value(page, column - first_value, position % PAGE_SLOTS, head);
+                } else if column >= first_key {
+                    self.writer.key(page, column - first_key, position % PAGE_SLOTS, head);
+                }
+            }
+        }
+    }
+}

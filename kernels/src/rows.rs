@@ -1,0 +1,29 @@
+//! One output buffer written by several tasks, each its own ranges.
+
+use std::marker::PhantomData;
+
+/// Hands out disjoint ranges of an exclusively borrowed slice to concurrent tasks.
+pub(crate) struct RowsMut<'a, T> {
+    data: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the pointer stands for an exclusive borrow; `range` is unsafe and demands disjoint ranges.
+unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
+
+impl<'a, T> RowsMut<'a, T> {
+    pub(crate) fn new(data: &'a mut [T]) -> Self {
+        RowsMut { data: data.as_mut_ptr(), len: data.len(), borrow: PhantomData }
+    }
+
+    /// # Safety
+    /// Ranges that are alive at the same time must not overlap.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start);
+        // SAFETY: inside the borrowed slice; the caller keeps ranges disjoint.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
+    }
+}

@@ -1,0 +1,173 @@
+//! Products against the f64 definition, and bit for bit against themselves.
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+use std::hint::black_box;
+use std::time::Instant;
+use unmask_kernels::{Cpu, Epilogue, Isa, MatRef, WeightType};
+
+fn numbers(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn bf16(x: f32) -> f32 {
+    half::bf16::from_f32(x).to_f32()
+}
+
+/// y (m, n) in f64, with the inputs as the kernel sees them.
+fn product(x: &[f32], w: &[f32], n: usize, k: usize) -> Vec<f64> {
+    x.chunks(k)
+        .flat_map(|row| (0..n).map(|j| row.iter().zip(&w[j * k..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()))
+        .collect()
+}
+
+fn close(got: &[f32], want: &[f64], k: usize, what: &str) {
+    let tolerance = 1e-6 * k as f64 + 1e-5;
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert!((f64::from(*g) - w).abs() < tolerance, "{what}: element {i} is {g}, should be {w}");
+    }
+}
+
+fn agreement(m: usize, n: usize, k: usize, dtype: WeightType, seed: u64) {
+    let (x, w) = (numbers(seed, m * k), numbers(seed + 1, n * k));
+    for isa in Isa::available() {
+        let what = format!("{} {dtype:?} m {m} n {n} k {k}", isa.name());
+        let cpu = Cpu::new(isa, 2);
+        let packed = cpu.pack(n, k, &w, dtype);
+        let seen_w: Vec<f32> = if dtype == WeightType::Bf16 { w.iter().copied().map(bf16).collect() } else { w.clone() };
+        let rounds_x = dtype == WeightType::Bf16 && isa.has_bf16_dot();
+        let seen_x: Vec<f32> = if rounds_x { x.iter().copied().map(bf16).collect() } else { x.clone() };
+        let want = product(&seen_x, &seen_w, n, k);
+        let mut out = vec![1.0; m * n];
+        cpu.gemm(&x, &packed, Epilogue::Store, &mut out);
+        close(&out, &want, k, &what);
+        cpu.gemm(&x, &packed, Epilogue::Add, &mut out);
+        close(&out, &want.iter().map(|y| 2.0 * y).collect::<Vec<_>>(), k, &what);
+        let bias = numbers(seed + 2, n);
+        cpu.gemm(&x, &packed, Epilogue::Bias(&bias), &mut out);
+        let biased: Vec<f64> = want.iter().enumerate().map(|(i, y)| y + f64::from(bias[i % n])).collect();
+        close(&out, &biased, k, &what);
+        if n % 2 == 0 {
+            let mut gated = vec![0.0; m * n / 2];
+            cpu.gemm(&x, &packed, Epilogue::SiluMul, &mut gated);
+            let silu = |g: f64| g / (1.0 + (-g).exp());
+            close(&gated, &want.chunks(2).map(|p| silu(p[0]) * p[1]).collect::<Vec<_>>(), 8 * k, &what);
+        }
+    }
+}
+
+#[test]
+fn edge_shapes_agree_with_the_definition() {
+    for (m, n, k) in [(1, 1, 1), (1, 33, 7), (3, 31, 2), (8, 64, 64), (9, 96, 65), (17, 130, 300), (64, 40, 33), (5, 2, 1)] {
+        for dtype in [WeightType::F32, WeightType::Bf16] {
+            agreement(m, n, k, dtype, (m * n * k) as u64);
+        }
+    }
+}
+
+/// I4: a row's bits depend neither on the number of rows nor on threads.
+#[test]
+fn rows_are_bit_identical_alone_and_together() {
+    let (n, k) = (200, 97);
+    let (x, w) = (numbers(5, 64 * k), numbers(6, n * k));
+    for isa in Isa::available() {
+        for dtype in [WeightType::F32, WeightType::Bf16] {
+            let alone = Cpu::new(isa, 1);
+            let packed = alone.pack(n, k, &w, dtype);
+            let mut rows = vec![0.0; 64 * n];
+            for (x, out) in x.chunks(k).zip(rows.chunks_mut(n)) {
+                alone.gemm(x, &packed, Epilogue::Store, out);
+            }
+            for threads in 1..=4 {
+                let cpu = Cpu::new(isa, threads);
+                for m in 1..=64 {
+                    let mut out = vec![0.0; m * n];
+                    cpu.gemm(&x[..m * k], &packed, Epilogue::Store, &mut out);
+                    assert_eq!(out, rows[..m * n], "{} {dtype:?} {m} rows, {threads} threads", isa.name());
+                }
+            }
+        }
+    }
+}
+
+fn transpose(data: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    (0..rows * cols).map(|i| data[i % rows * cols + i / rows]).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn drawn_shapes_agree_with_the_definition(m in 1usize..40, n in 1usize..150, k in 1usize..200, seed in 0u64..1000) {
+        agreement(m, n, k, WeightType::F32, seed);
+        agreement(m, n, k, WeightType::Bf16, seed);
+    }
+
+    #[test]
+    fn dense_products_agree_under_every_transpose(
+        m in 1usize..120, n in 1usize..80, k in 1usize..600, batch in 1usize..4, seed in 0u64..1000,
+        (flip_a, flip_b) in any::<(bool, bool)>(),
+    ) {
+        let (a, b) = (numbers(seed, batch * m * k), numbers(seed + 1, batch * k * n));
+        let mut want = Vec::new();
+        let (mut stored_a, mut stored_b) = (Vec::new(), Vec::new());
+        for i in 0..batch {
+            let (a, b) = (&a[i * m * k..][..m * k], &b[i * k * n..][..k * n]);
+            want.extend(product(a, &transpose(b, k, n), n, k));
+            stored_a.extend(if flip_a { transpose(a, m, k) } else { a.to_vec() });
+            stored_b.extend(if flip_b { transpose(b, k, n) } else { b.to_vec() });
+        }
+        let a = MatRef { data: &stored_a, batch, rows: m, cols: k, transposed: flip_a };
+        let b = MatRef { data: &stored_b, batch, rows: k, cols: n, transposed: flip_b };
+        for isa in Isa::available() {
+            let cpu = Cpu::new(isa, 3);
+            let mut c = vec![0.0; batch * m * n];
+            cpu.matmul(a, b, &mut c, false);
+            close(&c, &want, k, isa.name());
+            cpu.matmul(a, b, &mut c, true);
+            close(&c, &want.iter().map(|y| 2.0 * y).collect::<Vec<_>>(), k, isa.name());
+        }
+    }
+}
+
+/// Not a test of anything but speed: prints GFLOP/s of the median run.
+#[test]
+#[ignore = "prints speeds: run with --release -- --ignored --nocapture"]
+fn speeds() {
+    let isa = *Isa::available().last().unwrap();
+    let cpu = Cpu::new(isa, std::thread::available_parallelism().unwrap().get());
+    let median = |mut run: Box<dyn FnMut() + '_>| {
+        let mut times: Vec<f64> = (0..31).map(|_| { let t = Instant::now(); run(); t.elapsed().as_secs_f64() }).collect();
+        times.sort_by(f64::total_cmp);
+        times[15]
+    };
+    for dtype in [WeightType::F32, WeightType::Bf16] {
+        for m in [1, 4, 16, 64, 256] {
+            let (n, k) = (4096, 1024);
+            let (x, w) = (numbers(1, m * k), numbers(2, n * k));
+            let packed = cpu.pack(n, k, &w, dtype);
+            let mut out = vec![0.0; m * n];
+            let time = median(Box::new(|| cpu.gemm(black_box(&x), &packed, Epilogue::Store, &mut out)));
+            let (flops, bytes) = (2.0 * (m * n * k) as f64, packed.bytes() as f64);
+            println!("gemm {dtype:?} {m}x{n}x{k}: {:.1} GFLOP/s, {:.1} GB/s", flops / time / 1e9, bytes / time / 1e9);
+        }
+    }
+    for (m, n, k) in [(4096, 512, 192), (4096, 192, 512), (512, 192, 4096), (8192, 1024, 256), (1024, 256, 8192)] {
+        let (a, b) = (numbers(1, m * k), numbers(2, n * k));
+        let mut c = vec![0.0; m * n];
+        for (flip_a, flip_b) in [(false, false), (false, true), (true, false)] {
+            let a = MatRef { data: &a, batch: 1, rows: m, cols: k, transposed: flip_a };
+            let b = MatRef { data: &b, batch: 1, rows: k, cols: n, transposed: flip_b };
+            let time = median(Box::new(|| cpu.matmul(black_box(a), b, &mut c, false)));
+            println!("matmul {m}x{n}x{k} {flip_a} {flip_b}: {:.1} GFLOP/s", 2.0 * (m * n * k) as f64 / time / 1e9);
+        }
+    }
+}
