@@ -24,9 +24,6 @@ pub enum RawError {
     /// The engine refused the request.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The pass failed.
-    #[error("forward pass: {0}")]
-    Forward(String),
     /// The model could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -288,10 +285,8 @@ pub fn decode(model: &Arc<Model>, request: &RawDecode) -> Result<RawOutcome, Raw
     while engine.has_work() {
         engine.step(&mut events);
         for event in events.drain(..) {
-            match event {
-                Event::Trace { trace, .. } => traces.push(trace),
-                Event::Failed { message, .. } => return Err(RawError::Forward(message)),
-                _ => {}
+            if let Event::Trace { trace, .. } = event {
+                traces.push(trace);
             }
         }
     }
@@ -371,9 +366,7 @@ pub fn logits(model: &Model, ids: &[u32], reach: Reach, block_size: u32) -> Resu
             .map(|position| Row { sequence: 0, position, end: row_end(reach, position, block_size, length) })
             .collect();
         let outputs: Vec<u32> = (0..part.len() as u32).collect();
-        model
-            .forward(part, &RowTable { rows: &rows, tables: &[&pages] }, &outputs, &mut kv, &mut scratch)
-            .map_err(|error| RawError::Forward(error.to_string()))?;
+        model.forward(part, &RowTable { rows: &rows, tables: &[&pages] }, &outputs, &mut kv, &mut scratch);
         model.logits(&scratch, rows_out);
     }
     Ok(out)

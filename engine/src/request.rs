@@ -189,13 +189,6 @@ pub enum Event {
         /// Tokens committed, those of an earlier run included.
         completion_tokens: u32,
     },
-    /// The step failed for this request alone; it holds nothing any more.
-    Failed {
-        /// Whose.
-        id: RequestId,
-        /// What happened.
-        message: String,
-    },
 }
 
 impl Event {
@@ -205,8 +198,7 @@ impl Event {
             Event::Draft { id, .. }
             | Event::Commit { id, .. }
             | Event::Trace { id, .. }
-            | Event::Finished { id, .. }
-            | Event::Failed { id, .. } => *id,
+            | Event::Finished { id, .. } => *id,
         }
     }
 }

@@ -4,11 +4,14 @@
 //! by page at absolute page boundaries. Rows of one sequence and the query heads of one key/value head share the loads
 //! of a page; the arithmetic of a query is the same whatever it shares them with.
 
+// Register tiles are arrays indexed by query and vector.
+#![allow(clippy::needless_range_loop)]
+
 use half::bf16;
 
 use crate::Cpu;
 use crate::exp::{exp, largest};
-use crate::kv::{HEAD_DIM_MAX, HeadShape, KvCache, KvElement, KvType, PAGE_SLOTS, Row, RowTable};
+use crate::kv::{Element, HEAD_DIM_MAX, HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
 use crate::lanes::*;
 use crate::rows::RowsMut;
 
@@ -99,7 +102,7 @@ unsafe fn run_tile<L: Lanes>(job: &Attention<'_>, tile: usize, kv_head: usize) {
 /// # Safety
 /// As [`run_tile`]; `E` must be the cache's element.
 #[inline(always)]
-unsafe fn run_sequence<L: Lanes, E: KvElement>(
+unsafe fn run_sequence<L: Lanes, E: Element>(
     job: &Attention<'_>,
     first: usize,
     count: usize,
@@ -155,7 +158,7 @@ impl Group<'_> {
 
     /// Attends with `Q` queries over all their pages; returns `Q`.
     #[inline(always)]
-    unsafe fn run<L: Lanes, E: KvElement, const Q: usize>(&self, state: &mut State) -> usize {
+    unsafe fn run<L: Lanes, E: Element, const Q: usize>(&self, state: &mut State) -> usize {
         let (job, dims) = (self.job, self.job.shape.head_dim);
         let stride = dims.next_multiple_of(CHUNK);
         let sources: [&[f32]; Q] = std::array::from_fn(|i| self.source(i));
@@ -201,7 +204,7 @@ struct Page<'a, E> {
     slots: usize,
 }
 
-impl<E: KvElement> Page<'_, E> {
+impl<E: Element> Page<'_, E> {
     /// Folds the page into queries `at..at + Q` of the state.
     ///
     /// # Safety

@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use crate::kv::Element;
 use crate::norm::TASK_ELEMENTS;
 use crate::rows::RowsMut;
 use crate::{Cpu, WeightType};
@@ -24,7 +25,7 @@ impl EmbeddingTable {
         assert!(width > 0 && weights.len().is_multiple_of(width), "weights are not whole rows of {width}");
         let values = match dtype {
             WeightType::F32 => Values::F32(weights.to_vec()),
-            WeightType::Bf16 => Values::Bf16(weights.iter().map(|&w| bf16::from_f32(w)).collect()),
+            WeightType::Bf16 => Values::Bf16(weights.iter().map(|&w| Element::round(w)).collect()),
         };
         EmbeddingTable { width, vocab: weights.len() / width, values }
     }
@@ -58,15 +59,15 @@ impl Cpu {
         let rows_per_task = TASK_ELEMENTS.div_ceil(width);
         let out = RowsMut::new(out);
         self.pool().run(ids.len().div_ceil(rows_per_task), &|task| {
-            for row in task * rows_per_task..ids.len().min((task + 1) * rows_per_task) {
+            for (row, &id) in ids.iter().enumerate().skip(task * rows_per_task).take(rows_per_task) {
                 // SAFETY: each row belongs to one task.
                 let out = unsafe { out.range(row * width, width) };
-                let start = ids[row] as usize * width;
+                let start = id as usize * width;
                 match &table.values {
                     Values::F32(values) => out.copy_from_slice(&values[start..start + width]),
                     Values::Bf16(values) => {
                         for (out, &value) in out.iter_mut().zip(&values[start..start + width]) {
-                            *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+                            *out = value.widen();
                         }
                     }
                 }

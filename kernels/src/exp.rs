@@ -50,3 +50,36 @@ pub(crate) unsafe fn largest<L: Lanes>(x: L) -> f32 {
     }
     lanes[0]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+
+    #[inline(always)]
+    unsafe fn each<L: Lanes>(x: &mut [f32]) {
+        for chunk in x.chunks_exact_mut(16) {
+            for lane in (0..16).step_by(L::WIDTH) {
+                // SAFETY: chunks hold 16 elements; dispatch promises the ISA.
+                unsafe { exp(L::load(chunk.as_ptr().add(lane))).store(chunk.as_mut_ptr().add(lane)) };
+            }
+        }
+    }
+
+    #[test]
+    fn errors_stay_under_two_units_in_the_last_place() {
+        let x: Vec<f32> = (0..1 << 20).map(|i| i as f32 * -8.29e-5).collect();
+        for isa in Isa::available() {
+            let mut y = x.clone();
+            dispatch!(isa, each(&mut y));
+            let worst = x.iter().zip(&y).map(|(&x, &y)| {
+                let exact = f64::from(x).exp();
+                let unit = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
+                (f64::from(y) - exact).abs() / unit
+            });
+            let worst = worst.fold(0.0, f64::max);
+            assert!(worst < 2.0, "{}: {worst} units", isa.name());
+            assert_eq!(y[0], 1.0);
+        }
+    }
+}

@@ -8,6 +8,7 @@ mod tile;
 use crate::pack::{Lines, PANEL, Packed, Panels};
 use crate::rows::RowsMut;
 use crate::Cpu;
+use crate::kv::Element;
 use half::bf16;
 use std::cell::RefCell;
 use tile::{Input, Tile, finish, product};
@@ -109,8 +110,8 @@ fn with_input<R>(x: &[f32], w: &Packed, run: impl FnOnce(Input<'_>) -> R) -> R {
         let out = &mut pairs.as_mut_slice()[..rows * half_k];
         for (source, target) in x.chunks_exact(k).zip(out.chunks_exact_mut(half_k)) {
             for (pair, target) in source.chunks(2).zip(target) {
-                let high = pair.get(1).map_or(0, |&x| u32::from(bf16::from_f32(x).to_bits()));
-                *target = u32::from(bf16::from_f32(pair[0]).to_bits()) | high << 16;
+                let high = pair.get(1).map_or(0, |&x| u32::from(bf16::round(x).to_bits()));
+                *target = u32::from(bf16::round(pair[0]).to_bits()) | high << 16;
             }
         }
         run(Input::Pairs(&pairs.as_slice()[..rows * half_k]))

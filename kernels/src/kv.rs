@@ -111,8 +111,8 @@ impl RowTable<'_> {
     }
 }
 
-/// Element of a cache: how it is rounded and loaded.
-pub(crate) trait KvElement: Copy + Send + Sync {
+/// Stored element of a cache or table: how it is rounded and loaded.
+pub(crate) trait Element: Copy + Send + Sync {
     fn round(value: f32) -> Self;
     fn widen(self) -> f32;
     /// # Safety
@@ -120,7 +120,7 @@ pub(crate) trait KvElement: Copy + Send + Sync {
     unsafe fn load<L: Lanes>(from: *const Self) -> L;
 }
 
-impl KvElement for f32 {
+impl Element for f32 {
     #[inline(always)]
     fn round(value: f32) -> Self {
         value
@@ -136,14 +136,18 @@ impl KvElement for f32 {
     }
 }
 
-impl KvElement for bf16 {
+impl Element for bf16 {
     #[inline(always)]
     fn round(value: f32) -> Self {
-        bf16::from_f32(value)
+        // Nearest even without branches, so that loops vectorise; a NaN stays one.
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        let kept = if value.is_nan() { bits | 0x40_0000 } else { rounded };
+        bf16::from_bits((kept >> 16) as u16)
     }
     #[inline(always)]
     fn widen(self) -> f32 {
-        self.to_f32()
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const Self) -> L {
@@ -203,7 +207,7 @@ impl KvCache {
         }
     }
 
-    fn read_as<E: KvElement>(&self, layer: usize, page: usize, kv_head: usize, slot: usize) -> (Vec<f32>, Vec<f32>) {
+    fn read_as<E: Element>(&self, layer: usize, page: usize, kv_head: usize, slot: usize) -> (Vec<f32>, Vec<f32>) {
         let (keys, values) = self.block::<E>(layer, page, kv_head);
         let (dims, stride) = (self.shape.head_dim, self.shape.value_stride());
         let key = (0..dims).map(|d| keys[d * PAGE_SLOTS + slot].widen()).collect();
@@ -218,7 +222,7 @@ impl KvCache {
 
     /// Keys and values of one page and head. `E` must be the element of `dtype`.
     #[inline(always)]
-    pub(crate) fn block<E: KvElement>(&self, layer: usize, page: usize, kv_head: usize) -> (&[E], &[E]) {
+    pub(crate) fn block<E: Element>(&self, layer: usize, page: usize, kv_head: usize) -> (&[E], &[E]) {
         let elements = block_elements(&self.shape);
         let start = self.block_start::<E>(layer, page, kv_head);
         // SAFETY: the index checks of `block_start` keep the range inside `storage`, which is aligned and initialised;
@@ -228,13 +232,13 @@ impl KvCache {
     }
 
     /// A writer for tasks that each own one key/value head. `E` must be the element of `dtype`.
-    pub(crate) fn writer<E: KvElement>(&mut self, layer: usize) -> KvWriter<'_, E> {
+    pub(crate) fn writer<E: Element>(&mut self, layer: usize) -> KvWriter<'_, E> {
         let base = self.storage.as_mut_ptr().cast::<E>();
         KvWriter { base, cache: self, layer }
     }
 
     #[inline(always)]
-    fn block_start<E: KvElement>(&self, layer: usize, page: usize, kv_head: usize) -> usize {
+    fn block_start<E: Element>(&self, layer: usize, page: usize, kv_head: usize) -> usize {
         assert!(size_of::<E>() == self.dtype.bytes());
         assert!(layer < self.layers && page < self.pages && kv_head < self.shape.kv_heads);
         ((layer * self.pages + page) * self.shape.kv_heads + kv_head) * block_elements(&self.shape)
@@ -255,9 +259,9 @@ pub(crate) struct KvWriter<'a, E> {
 
 // SAFETY: the pointer comes from an exclusive borrow of the cache that lives as long as the writer; the methods are
 // unsafe and demand that concurrent callers write different heads.
-unsafe impl<E: KvElement> Sync for KvWriter<'_, E> {}
+unsafe impl<E: Element> Sync for KvWriter<'_, E> {}
 
-impl<E: KvElement> KvWriter<'_, E> {
+impl<E: Element> KvWriter<'_, E> {
     /// # Safety
     /// No other thread may write keys of `kv_head` at the same time.
     #[inline(always)]
@@ -295,6 +299,17 @@ mod tests {
         let cache = KvCache::new(3, &shape, 5, KvType::Bf16);
         assert_eq!(cache.bytes(), 3 * 5 * 2 * 32 * (40 + 48) * 2);
         assert_eq!((cache.pages(), cache.layers()), (5, 3));
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_that_of_the_format() {
+        let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN_POSITIVE, 1e-45];
+        let drawn = (0..200_000u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9)));
+        let halfway = (0..4096u32).map(|i| f32::from_bits(0x3f80_0000 + i * 0x4000));
+        for value in special.into_iter().chain(drawn).chain(halfway) {
+            let (ours, theirs) = (<bf16 as Element>::round(value), bf16::from_f32(value));
+            assert_eq!(ours.to_bits(), theirs.to_bits(), "{value:e}");
+        }
     }
 
     #[test]

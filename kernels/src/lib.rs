@@ -10,6 +10,7 @@
 //! - [`dense`]: products of two plain matrices, for the trainer
 //! - [`kv`], [`rope`], [`attention`]: key/value pages and what reads them
 //! - [`norm`], [`embed`], [`vocab`]: the rest of a step
+//! - [`file`]: mapped checkpoints
 
 #![allow(unsafe_code)]
 
@@ -20,6 +21,7 @@ pub mod attention;
 pub mod dense;
 pub mod embed;
 mod exp;
+pub mod file;
 pub mod gemm;
 pub mod isa;
 pub mod kv;
@@ -33,6 +35,7 @@ pub mod vocab;
 
 pub use dense::MatRef;
 pub use embed::EmbeddingTable;
+pub use file::{Mapped, map_read_only};
 pub use gemm::Epilogue;
 pub use isa::{Isa, IsaError};
 pub use kv::{HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};

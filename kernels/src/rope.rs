@@ -3,7 +3,7 @@
 use half::bf16;
 
 use crate::Cpu;
-use crate::kv::{HeadShape, KvCache, KvElement, KvType, KvWriter, PAGE_SLOTS, RowTable};
+use crate::kv::{Element, HeadShape, KvCache, KvType, KvWriter, PAGE_SLOTS, RowTable};
 use crate::norm::{TASK_ELEMENTS, rms_scale};
 use crate::rows::RowsMut;
 
@@ -106,7 +106,7 @@ impl Cpu {
         }
     }
 
-    fn append<E: KvElement>(&self, job: &Append<'_, E>) {
+    fn append<E: Element>(&self, job: &Append<'_, E>) {
         // A task is a run of head columns over all rows: tasks own whole heads of the cache, whatever the rows are.
         let columns = job.shape.heads + 2 * job.shape.kv_heads;
         let per_task = TASK_ELEMENTS.div_ceil(job.rows.rows.len().max(1) * job.shape.head_dim);
@@ -119,7 +119,7 @@ impl Cpu {
     }
 }
 
-impl<E: KvElement> Append<'_, E> {
+impl<E: Element> Append<'_, E> {
     /// # Safety
     /// No other thread may work on the same column at the same time.
     unsafe fn column(&self, column: usize) {

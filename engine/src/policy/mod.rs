@@ -18,7 +18,6 @@ pub const POST_STEPS_MAX: u32 = 64;
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Policy {
     /// A fixed number of steps per block; each fills its quota in the given order (LLaDA).
-    #[serde(deny_unknown_fields)]
     Fixed {
         /// Steps per block, at least 1.
         steps: u32,
@@ -30,7 +29,6 @@ pub enum Policy {
         quota: Quota,
     },
     /// All with confidence above `tau`, else the best one (Fast-dLLM).
-    #[serde(deny_unknown_fields)]
     Threshold {
         /// In (0, 1].
         tau: f32,
@@ -42,13 +40,11 @@ pub enum Policy {
         quota_steps: Option<u32>,
     },
     /// Longest prefix of descending confidences with c(n) >= 1 - factor/(n+1) (Fast-dLLM, section 3.3).
-    #[serde(deny_unknown_fields)]
     Factor {
         /// Above 0; larger is more parallel.
         factor: f32,
     },
     /// Ascending entropy while a running sum stays under `gamma` nats (EB-Sampler, arXiv 2505.24857).
-    #[serde(deny_unknown_fields)]
     EntropyBounded {
         /// Nats, at least 0.
         gamma: f32,
@@ -57,7 +53,6 @@ pub enum Policy {
         bound: Bound,
     },
     /// Per run of masks its best if above `low`, all above `high`, and the best of all (dInfer).
-    #[serde(deny_unknown_fields)]
     Hierarchical {
         /// In [0, 1], at most `high`.
         low: f32,
@@ -65,7 +60,6 @@ pub enum Policy {
         high: f32,
     },
     /// Threshold for masks; filled positions change when another token is likelier than `tau_edit` (LLaDA2.1).
-    #[serde(deny_unknown_fields)]
     JointEdit {
         /// In (0, 1].
         tau: f32,

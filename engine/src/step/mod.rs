@@ -188,10 +188,7 @@ impl Engine {
         if report.rows == 0 {
             return report;
         }
-        if let Err(error) = self.forward() {
-            self.fail_all(&error, events);
-            return report;
-        }
+        self.forward();
         self.decode(events);
         self.step += 1;
         report
@@ -238,19 +235,16 @@ impl Engine {
     }
 
     /// Runs the model over the batch and reduces the logits of its output rows to records.
-    fn forward(&mut self) -> Result<(), String> {
+    fn forward(&mut self) {
         let batch = &mut self.batch;
         let tables: Vec<&[u32]> = batch.jobs.iter().map(|job| self.active[job.active].pages.as_slice()).collect();
         let table = RowTable { rows: &batch.rows, tables: &tables };
-        self.model
-            .forward(&batch.ids, &table, &batch.outputs, &mut self.kv, &mut self.scratch)
-            .map_err(|error| error.to_string())?;
+        self.model.forward(&batch.ids, &table, &batch.outputs, &mut self.kv, &mut self.scratch);
         batch.records.clear();
         batch.records.resize(batch.outputs.len(), Record::default());
         if !batch.outputs.is_empty() {
-            self.model.reduce(&mut self.scratch, &self.bans, &batch.draws, &mut batch.records);
+            self.model.reduce(&self.scratch, &self.bans, &batch.draws, &mut batch.records);
         }
-        Ok(())
     }
 
     /// Lets each request's policy decide over its records; commits what is final; ends what is over.
@@ -285,13 +279,6 @@ impl Engine {
     fn release(&mut self, index: usize) {
         let active = self.active.remove(index);
         self.pages.give(active.pages);
-    }
-
-    fn fail_all(&mut self, error: &str, events: &mut Vec<Event>) {
-        for active in std::mem::take(&mut self.active) {
-            events.push(Event::Failed { id: active.request.id, message: error.to_owned() });
-            self.pages.give(active.pages);
-        }
     }
 }
 

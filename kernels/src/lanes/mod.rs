@@ -64,12 +64,12 @@ macro_rules! dispatch {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: an Isa value other than Portable exists only where the host supports it.
             $crate::Isa::Avx512 => unsafe {
-                $crate::lanes::avx512::enter(|| $f::<$crate::lanes::avx512::F32x16>($($arg),*))
+                $crate::lanes::avx512::enter(#[inline(always)] || $f::<$crate::lanes::avx512::F32x16>($($arg),*))
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             $crate::Isa::Avx2 => unsafe {
-                $crate::lanes::avx2::enter(|| $f::<$crate::lanes::avx2::F32x8>($($arg),*))
+                $crate::lanes::avx2::enter(#[inline(always)] || $f::<$crate::lanes::avx2::F32x8>($($arg),*))
             },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: as above.

@@ -1,0 +1,103 @@
+//! Settings of a controller, as written and as validated.
+
+use crate::store::StoreUrl;
+use serde::Deserialize;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Members silent for this long are taken out of the routes.
+pub const MEMBER_TTL: Duration = Duration::from_secs(5);
+/// How often loads in the routes are refreshed and silence is looked for, at most; see [`Config::tick`].
+pub const TICK: Duration = Duration::from_secs(1);
+/// Shortest time-to-live that may be configured.
+const MEMBER_TTL_MIN: Duration = Duration::from_millis(100);
+/// Longest time-to-live that may be configured.
+const MEMBER_TTL_MAX: Duration = Duration::from_secs(600);
+
+/// Settings as written in a file. Unknown keys are errors.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawConfig {
+    /// `embedded:FOLDER` or `etcd://HOST:PORT`.
+    pub store: Option<String>,
+    /// Milliseconds of silence after which a member leaves the routes; default 5000.
+    pub member_ttl_ms: Option<u64>,
+}
+
+/// Validated settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where epochs and groups are kept.
+    pub store: StoreUrl,
+    /// Members silent for this long leave the routes; also the grace after a start.
+    pub member_ttl: Duration,
+}
+
+/// Everything wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{}", .0.join("; "))]
+pub struct ConfigError(pub Vec<String>);
+
+impl Config {
+    /// The default settings over `store`.
+    pub fn new(store: StoreUrl) -> Self {
+        Self { store, member_ttl: MEMBER_TTL }
+    }
+
+    /// How often the state is looked over: often enough to notice silence soon after the time-to-live.
+    pub fn tick(&self) -> Duration {
+        TICK.min(self.member_ttl / 5)
+    }
+}
+
+impl TryFrom<RawConfig> for Config {
+    type Error = ConfigError;
+
+    fn try_from(raw: RawConfig) -> Result<Self, ConfigError> {
+        let mut errors = Vec::new();
+        let store = match raw.store.as_deref().map(str::parse::<StoreUrl>) {
+            Some(Ok(store)) => Some(store),
+            Some(Err(error)) => {
+                errors.push(format!("store: {error}"));
+                None
+            }
+            None => {
+                errors.push("store: is missing, give embedded:FOLDER".into());
+                None
+            }
+        };
+        let member_ttl = raw.member_ttl_ms.map_or(MEMBER_TTL, Duration::from_millis);
+        if !(MEMBER_TTL_MIN..=MEMBER_TTL_MAX).contains(&member_ttl) {
+            errors.push(format!(
+                "member_ttl_ms: must be from {} to {}, is {}",
+                MEMBER_TTL_MIN.as_millis(),
+                MEMBER_TTL_MAX.as_millis(),
+                member_ttl.as_millis()
+            ));
+        }
+        match store {
+            Some(store) if errors.is_empty() => Ok(Self { store, member_ttl }),
+            _ => Err(ConfigError(errors)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn all_errors_come_at_once_with_their_keys() {
+        let raw: RawConfig = serde_json::from_str(r#"{"store": "consul:1", "member_ttl_ms": 1}"#).unwrap();
+        let error = Config::try_from(raw).unwrap_err();
+        assert_eq!(error.0.len(), 2, "{error}");
+        assert!(error.0[0].starts_with("store: ") && error.0[1].starts_with("member_ttl_ms: "), "{error}");
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_by_name() {
+        let error = serde_json::from_str::<RawConfig>(r#"{"ttl": 1}"#).unwrap_err();
+        assert!(error.to_string().contains("ttl"), "{error}");
+    }
+}

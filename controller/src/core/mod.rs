@@ -1,0 +1,147 @@
+//! The controller's decisions: `decide(state, event, now) -> actions`. No clock, socket, store or randomness.
+//!
+//! Each worker is a group of its own. A group's epoch rises whenever its worker joins, above everything any member
+//! has reported and everything the store holds. A table of routes holds the workers that are ready in their
+//! current epoch and were heard of within the time-to-live.
+
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use state::{Member, State};
+
+use std::time::Duration;
+use unmask_proto::v1::{ModelDescriptor, Route};
+
+/// Most members.
+pub const MEMBERS_MAX: usize = 1024;
+
+/// One Join stream. Numbers are never used twice while a controller runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamId(pub u64);
+
+/// What a worker says when it joins; validated.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Joining {
+    /// Stable over reconnects of one process.
+    pub worker_id: String,
+    /// host:port.
+    pub endpoint: String,
+    /// What it holds.
+    pub model: ModelDescriptor,
+    /// Highest epoch it has seen.
+    pub epoch: u64,
+}
+
+/// Where a worker stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// Not yet able to serve.
+    Loading,
+    /// Serves.
+    Ready,
+    /// Finishes what it holds and takes nothing new.
+    Draining,
+}
+
+/// A heartbeat; validated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// Epoch the worker serves in; 0 before its first assignment.
+    pub epoch: u64,
+    /// Where it stands.
+    pub readiness: Readiness,
+    /// Rows of admitted work not yet done.
+    pub outstanding_rows: u64,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// First message of a stream.
+    Hello(StreamId, Joining),
+    /// A heartbeat.
+    Report(StreamId, Heartbeat),
+    /// The worker leaves for good.
+    Leave(StreamId),
+    /// The stream broke off; its worker may come back.
+    StreamClosed(StreamId),
+    /// Time passed.
+    Tick,
+}
+
+/// Why a stream is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The worker left.
+    Left,
+    /// Its worker joined again on another stream, or another worker took its endpoint.
+    Superseded,
+    /// Nothing was heard for the time-to-live.
+    Silent,
+    /// [`MEMBERS_MAX`] is reached.
+    Full,
+}
+
+/// A fact the store keeps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fact {
+    /// No epoch up to this one may be handed out again.
+    EpochFloor(u64),
+    /// The group of a worker.
+    Group {
+        /// The worker.
+        worker_id: String,
+        /// Its group.
+        group_id: String,
+    },
+    /// The worker is gone.
+    NoGroup {
+        /// The worker.
+        worker_id: String,
+    },
+}
+
+/// What to do, in order. When a fact cannot be stored, the rest for that stream must not happen.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Store a fact durably.
+    Persist(Fact),
+    /// Tell a worker its group and epoch.
+    Assign {
+        /// Its stream.
+        stream: StreamId,
+        /// Its group.
+        group_id: String,
+        /// The group's epoch.
+        epoch: u64,
+    },
+    /// End a stream.
+    Close(StreamId, Ending),
+    /// Publish the whole table.
+    PublishRoutes {
+        /// Rises with every publication.
+        revision: u64,
+        /// In order of group id.
+        routes: Vec<Route>,
+    },
+}
+
+/// Applies one event. `now` is the time since the controller started and never falls.
+pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
+    let mut actions = Vec::new();
+    let mut loads = false;
+    match event {
+        Event::Hello(stream, joining) => state.hello(stream, joining, now, &mut actions),
+        Event::Report(stream, heartbeat) => state.report(stream, heartbeat, now, &mut actions),
+        Event::Leave(stream) => state.leave(stream, &mut actions),
+        Event::StreamClosed(stream) => state.stream_closed(stream),
+        Event::Tick => {
+            state.expire(now, &mut actions);
+            // Loads change with every heartbeat; publishing them once a tick keeps the tables few.
+            loads = true;
+        }
+    }
+    state.publish(now, loads, &mut actions);
+    actions
+}

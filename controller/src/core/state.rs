@@ -1,0 +1,226 @@
+//! Members, epochs and the table last published.
+
+use super::{Action, Ending, Fact, Heartbeat, Joining, MEMBERS_MAX, Readiness, StreamId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+use unmask_proto::v1::{ModelDescriptor, Route};
+
+/// A worker that has joined.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    /// Its stream; `None` while it is broken off.
+    pub stream: Option<StreamId>,
+    /// Its group.
+    pub group_id: String,
+    /// The group's epoch.
+    pub epoch: u64,
+    /// host:port.
+    pub endpoint: String,
+    /// What it holds.
+    pub model: ModelDescriptor,
+    /// As last reported in the current epoch.
+    pub readiness: Readiness,
+    /// As last reported (rows).
+    pub outstanding_rows: u64,
+    /// When it was last heard of.
+    pub heard: Duration,
+}
+
+/// Everything the controller knows.
+#[derive(Debug, Clone)]
+pub struct State {
+    ttl: Duration,
+    epoch_floor: u64,
+    members: BTreeMap<String, Member>,
+    /// Groups of an earlier run (worker to group) that have not come back yet.
+    missing: BTreeMap<String, String>,
+    revision: u64,
+    published: Option<Vec<Route>>,
+}
+
+impl State {
+    /// The state at a start: what the store holds, and nobody heard of yet.
+    pub fn new(ttl: Duration, epoch_floor: u64, groups: BTreeMap<String, String>) -> Self {
+        Self { ttl, epoch_floor, members: BTreeMap::new(), missing: groups, revision: 0, published: None }
+    }
+
+    /// No epoch up to this one is handed out again.
+    pub fn epoch_floor(&self) -> u64 {
+        self.epoch_floor
+    }
+
+    /// Members by worker id.
+    pub fn members(&self) -> &BTreeMap<String, Member> {
+        &self.members
+    }
+
+    fn by_stream(&mut self, stream: StreamId) -> Option<(&String, &mut Member)> {
+        self.members.iter_mut().find(|(_, member)| member.stream == Some(stream))
+    }
+
+    pub(super) fn hello(&mut self, stream: StreamId, joining: Joining, now: Duration, actions: &mut Vec<Action>) {
+        // Another worker at the same endpoint is a process that is gone: two cannot listen on one port.
+        let squatters: Vec<_> = self
+            .members
+            .iter()
+            .filter(|(id, member)| **id != joining.worker_id && member.endpoint == joining.endpoint)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for worker_id in squatters {
+            self.remove(&worker_id, Ending::Superseded, actions);
+        }
+        let earlier = self.members.remove(&joining.worker_id);
+        if earlier.is_none() && self.members.len() >= MEMBERS_MAX {
+            actions.push(Action::Close(stream, Ending::Full));
+            return;
+        }
+        if let Some(old) = earlier.as_ref().and_then(|member| member.stream) {
+            actions.push(Action::Close(old, Ending::Superseded));
+        }
+        let known = earlier.map(|member| member.group_id).or_else(|| self.missing.get(&joining.worker_id).cloned());
+        let group_id = known.unwrap_or_else(|| {
+            let group_id = format!("group-{}", joining.worker_id);
+            let fact = Fact::Group { worker_id: joining.worker_id.clone(), group_id: group_id.clone() };
+            actions.push(Action::Persist(fact));
+            group_id
+        });
+        let epoch = self.next_epoch(joining.epoch, actions);
+        actions.push(Action::Assign { stream, group_id: group_id.clone(), epoch });
+        let member = Member {
+            stream: Some(stream),
+            group_id,
+            epoch,
+            endpoint: joining.endpoint,
+            model: joining.model,
+            readiness: Readiness::Loading,
+            outstanding_rows: 0,
+            heard: now,
+        };
+        self.members.insert(joining.worker_id, member);
+    }
+
+    /// An epoch above everything handed out, stored or reported, `seen` included.
+    fn next_epoch(&mut self, seen: u64, actions: &mut Vec<Action>) -> u64 {
+        self.epoch_floor = self.epoch_floor.max(seen).saturating_add(1);
+        actions.push(Action::Persist(Fact::EpochFloor(self.epoch_floor)));
+        self.epoch_floor
+    }
+
+    pub(super) fn report(&mut self, stream: StreamId, beat: Heartbeat, now: Duration, actions: &mut Vec<Action>) {
+        let floor = self.epoch_floor;
+        let Some((worker_id, member)) = self.by_stream(stream) else { return };
+        member.heard = now;
+        let worker_id = worker_id.clone();
+        if beat.epoch > floor {
+            // It was led by a controller whose epochs this one never saw: move above them.
+            let group_id = member.group_id.clone();
+            let epoch = self.next_epoch(beat.epoch, actions);
+            if let Some(member) = self.members.get_mut(&worker_id) {
+                member.epoch = epoch;
+                member.readiness = Readiness::Loading;
+            }
+            actions.push(Action::Assign { stream, group_id, epoch });
+            return;
+        }
+        member.outstanding_rows = beat.outstanding_rows;
+        // A report of an earlier epoch says that the worker lives, not that it serves in this one.
+        if beat.epoch == member.epoch {
+            member.readiness = beat.readiness;
+            if beat.readiness != Readiness::Loading {
+                self.missing.remove(&worker_id);
+            }
+        }
+    }
+
+    pub(super) fn leave(&mut self, stream: StreamId, actions: &mut Vec<Action>) {
+        if let Some(worker_id) = self.by_stream(stream).map(|(id, _)| id.clone()) {
+            self.remove(&worker_id, Ending::Left, actions);
+        }
+    }
+
+    pub(super) fn stream_closed(&mut self, stream: StreamId) {
+        // The worker may still serve; silence decides.
+        if let Some((_, member)) = self.by_stream(stream) {
+            member.stream = None;
+        }
+    }
+
+    pub(super) fn expire(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let ttl = self.ttl;
+        let silent: Vec<_> = self
+            .members
+            .iter()
+            .filter(|(_, member)| now.saturating_sub(member.heard) >= ttl)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for worker_id in silent {
+            self.remove(&worker_id, Ending::Silent, actions);
+        }
+        if now >= ttl {
+            let here: BTreeSet<_> = self.members.keys().cloned().collect();
+            for worker_id in std::mem::take(&mut self.missing).into_keys() {
+                if !here.contains(&worker_id) {
+                    actions.push(Action::Persist(Fact::NoGroup { worker_id }));
+                }
+            }
+        }
+    }
+
+    fn remove(&mut self, worker_id: &str, ending: Ending, actions: &mut Vec<Action>) {
+        let Some(member) = self.members.remove(worker_id) else { return };
+        self.missing.remove(worker_id);
+        if let Some(stream) = member.stream {
+            actions.push(Action::Close(stream, ending));
+        }
+        actions.push(Action::Persist(Fact::NoGroup { worker_id: worker_id.to_owned() }));
+    }
+
+    /// Publishes the table when it changed; loads alone count only with `loads`.
+    pub(super) fn publish(&mut self, now: Duration, loads: bool, actions: &mut Vec<Action>) {
+        // Grace: until the groups of the last run are back or a time-to-live has passed, a table would declare
+        // them dead. Gateways keep what they know.
+        if !self.missing.is_empty() && now < self.ttl {
+            return;
+        }
+        let routes = self.routes();
+        let changed = match &self.published {
+            None => true,
+            Some(published) if loads => *published != routes,
+            Some(published) => !same_but_for_loads(published, &routes),
+        };
+        if changed {
+            self.revision += 1;
+            self.published = Some(routes.clone());
+            actions.push(Action::PublishRoutes { revision: self.revision, routes });
+        }
+    }
+
+    fn routes(&self) -> Vec<Route> {
+        let mut routes: Vec<_> = self
+            .members
+            .values()
+            .filter(|member| member.readiness == Readiness::Ready)
+            .map(|member| Route {
+                model: member.model.name.clone(),
+                group_id: member.group_id.clone(),
+                epoch: member.epoch,
+                endpoint: member.endpoint.clone(),
+                descriptor: Some(member.model.clone()),
+                outstanding_rows: member.outstanding_rows,
+            })
+            .collect();
+        routes.sort_by(|a, b| a.group_id.cmp(&b.group_id));
+        routes
+    }
+}
+
+fn same_but_for_loads(a: &[Route], b: &[Route]) -> bool {
+    let same = |a: &Route, b: &Route| {
+        a.group_id == b.group_id
+            && a.epoch == b.epoch
+            && a.endpoint == b.endpoint
+            && a.model == b.model
+            && a.descriptor == b.descriptor
+    };
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b))
+}

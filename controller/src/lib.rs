@@ -1,0 +1,103 @@
+//! The controller: who is a member, in which epoch, and where gateways may send requests.
+//!
+//! It knows workers, groups, epochs and routes. It does not know what a model computes, never sees a request, and
+//! is not on a request's path: while it is away, ready groups keep serving the last known routes.
+//!
+//! Modules in reading order:
+//! - [`core`]: `decide(state, event, now) -> actions`, pure
+//! - [`config`]: raw and validated settings
+//! - [`store`]: the store trait and its embedded implementation
+//! - `ledger`: what the controller keeps in the store
+//! - `shell`: the one task that owns the state and carries out actions
+//! - `service`: gRPC
+
+pub mod config;
+pub mod core;
+mod ledger;
+mod service;
+mod shell;
+pub mod store;
+
+pub use config::{Config, ConfigError, RawConfig};
+pub use store::{StoreError, StoreUrl};
+
+use crate::ledger::Ledger;
+use crate::service::Service;
+use crate::shell::Shell;
+use std::future::Future;
+use std::time::Duration;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use unmask_proto::v1::controller_service_server::ControllerServiceServer;
+
+/// Longest message a member or gateway may send (bytes); a descriptor is well under 4 KiB.
+const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// A connection that does not answer a ping for this long is closed.
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often idle connections are pinged.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// Open streams per connection.
+const STREAMS_PER_CONNECTION_MAX: u32 = 256;
+/// Longest wait at shutdown for connections to close.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(2);
+
+/// Why a controller did not start, or stopped.
+#[derive(Debug, Error)]
+pub enum ControllerError {
+    /// The store cannot be opened or read.
+    #[error("store: {0}")]
+    Store(#[from] StoreError),
+    /// The listener failed.
+    #[error("serving gRPC: {0}")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+/// Serves until `shutdown` completes, then ends every stream with UNAVAILABLE and returns.
+///
+/// # Errors
+/// [`ControllerError`] when the store cannot be opened (held by another process, damaged, not built in) or the
+/// listener fails.
+pub async fn run(
+    config: Config,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ControllerError> {
+    let store = store::open(&config.store).await?;
+    let (ledger, recovered) = Ledger::open(store).await?;
+    tracing::info!(term = ledger.term(), groups = recovered.groups.len(), "controller starts");
+    let stop = CancellationToken::new();
+    let (shell, handle) = Shell::new(&config, ledger, recovered, stop.clone());
+    let actor = tokio::spawn(shell.run());
+
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let service =
+        ControllerServiceServer::new(Service::new(handle, stop.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    reporter.set_serving::<ControllerServiceServer<Service>>().await;
+    let server = Server::builder()
+        .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .http2_keepalive_timeout(Some(PING_TIMEOUT))
+        .add_service(health)
+        .add_service(service)
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            stop.clone().cancelled_owned(),
+        );
+    tokio::pin!(server, shutdown);
+    let served = tokio::select! {
+        served = &mut server => served,
+        () = &mut shutdown => {
+            reporter.set_not_serving::<ControllerServiceServer<Service>>().await;
+            stop.cancel();
+            tokio::time::timeout(SHUTDOWN_LIMIT, server).await.unwrap_or(Ok(()))
+        }
+    };
+    stop.cancel();
+    if let Err(error) = actor.await {
+        tracing::error!(%error, "the controller's task ended badly");
+    }
+    Ok(served?)
+}

@@ -1,0 +1,193 @@
+//! gRPC: checks what comes in, hands it to the task, streams what comes back.
+
+use crate::core::{Event, Heartbeat, Joining, Readiness, StreamId};
+use crate::shell::{ANSWERS_MAX, Handle, Input, Outbound, stopping};
+use futures::stream::{BoxStream, StreamExt as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Response, Status, Streaming};
+use unmask_proto::rich::{self, Violation};
+use unmask_proto::v1::controller_service_server::ControllerService;
+use unmask_proto::v1::{
+    Hello, JoinRequest, JoinResponse, Report, WatchRoutesRequest, WatchRoutesResponse, WorkerState, join_request,
+};
+
+/// Most Join streams at once: every member, and as many that come back before their old stream is noticed.
+const JOIN_STREAMS_MAX: usize = 2 * crate::core::MEMBERS_MAX;
+/// Most gateways that watch at once.
+const WATCHERS_MAX: usize = 1024;
+/// Longest wait for a stream's first message.
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+/// Longest worker id, endpoint or model name (bytes).
+const NAME_BYTES_MAX: usize = 256;
+/// When a refused caller may try again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// ControllerService.
+pub(crate) struct Service {
+    handle: Handle,
+    stop: CancellationToken,
+    next_stream: AtomicU64,
+    joins: Arc<Semaphore>,
+    watchers: Arc<Semaphore>,
+}
+
+impl Service {
+    pub(crate) fn new(handle: Handle, stop: CancellationToken) -> Self {
+        Self {
+            handle,
+            stop,
+            next_stream: AtomicU64::new(1),
+            joins: Arc::new(Semaphore::new(JOIN_STREAMS_MAX)),
+            watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
+        }
+    }
+}
+
+fn permit(of: &Arc<Semaphore>, what: &str) -> Result<OwnedSemaphorePermit, Status> {
+    Arc::clone(of).try_acquire_owned().map_err(|_| {
+        rich::retryable(Code::ResourceExhausted, "TOO_MANY_STREAMS", format!("too many {what} streams"), RETRY_AFTER)
+    })
+}
+
+#[tonic::async_trait]
+impl ControllerService for Service {
+    type JoinStream = ReceiverStream<Result<JoinResponse, Status>>;
+
+    async fn join(&self, request: Request<Streaming<JoinRequest>>) -> Result<Response<Self::JoinStream>, Status> {
+        let permit = permit(&self.joins, "Join")?;
+        let inbound = request.into_inner();
+        let stream = StreamId(self.next_stream.fetch_add(1, Ordering::Relaxed));
+        let (answers, receiver) = mpsc::channel(ANSWERS_MAX);
+        let (inputs, stop) = (self.handle.inputs.clone(), self.stop.clone());
+        // The response opens at once: a client may wait for it before it sends its first message.
+        tokio::spawn(async move {
+            let _permit = permit;
+            member_stream(stream, inbound, answers, inputs, stop).await;
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    type WatchRoutesStream = BoxStream<'static, Result<WatchRoutesResponse, Status>>;
+
+    async fn watch_routes(
+        &self,
+        _request: Request<WatchRoutesRequest>,
+    ) -> Result<Response<Self::WatchRoutesStream>, Status> {
+        let permit = permit(&self.watchers, "WatchRoutes")?;
+        let tables = WatchStream::new(self.handle.routes.clone());
+        let tables = tables.filter_map(move |table| {
+            // Held as long as the stream.
+            let _ = &permit;
+            std::future::ready(table.map(|table| Ok(WatchRoutesResponse::clone(&table))))
+        });
+        let stopped = futures::stream::once(self.stop.clone().cancelled_owned()).map(|()| Err(stopping()));
+        let until_stop = tables.take_until(self.stop.clone().cancelled_owned());
+        Ok(Response::new(until_stop.chain(stopped).boxed()))
+    }
+}
+
+/// Serves a Join stream to its end.
+async fn member_stream(
+    stream: StreamId,
+    mut inbound: Streaming<JoinRequest>,
+    answers: mpsc::Sender<Result<JoinResponse, Status>>,
+    inputs: mpsc::Sender<Input>,
+    stop: CancellationToken,
+) {
+    let greeted = tokio::select! {
+        greeted = read_hello(&mut inbound) => greeted,
+        () = stop.cancelled() => Err(stopping()),
+    };
+    let joining = match greeted {
+        Ok(joining) => joining,
+        Err(status) => {
+            let _ = answers.try_send(Err(status));
+            return;
+        }
+    };
+    // From here on the task holds the answers and can end the stream by letting go of them.
+    let (weak, ended) = (answers.downgrade(), CancellationToken::new());
+    let outbound = Outbound { answers, _stops_reader: ended.clone().drop_guard() };
+    if inputs.send(Input::Hello(stream, joining, outbound)).await.is_err() {
+        return;
+    }
+    let read = tokio::select! {
+        read = read_reports(stream, &mut inbound, &inputs) => read,
+        () = stop.cancelled() => Err(stopping()),
+        () = ended.cancelled() => Ok(()),
+    };
+    if let (Err(status), Some(answers)) = (read, weak.upgrade()) {
+        let _ = answers.try_send(Err(status));
+    }
+    // Fails when the task is gone.
+    let _ = inputs.send(Input::Event(Event::StreamClosed(stream))).await;
+}
+
+async fn read_hello(inbound: &mut Streaming<JoinRequest>) -> Result<Joining, Status> {
+    let first = tokio::time::timeout(HELLO_LIMIT, inbound.message())
+        .await
+        .map_err(|_| rich::status(Code::DeadlineExceeded, "NO_HELLO", "no Hello came in time"))??;
+    let Some(JoinRequest { message: Some(join_request::Message::Hello(hello)) }) = first else {
+        return Err(rich::status(Code::InvalidArgument, "NO_HELLO", "the first message must be a Hello"));
+    };
+    validate(hello).map_err(|violations| rich::invalid(&violations))
+}
+
+async fn read_reports(
+    stream: StreamId,
+    inbound: &mut Streaming<JoinRequest>,
+    inputs: &mpsc::Sender<Input>,
+) -> Result<(), Status> {
+    while let Some(JoinRequest { message }) = inbound.message().await? {
+        let event = match message {
+            Some(join_request::Message::Report(report)) => Event::Report(stream, heartbeat(&report)?),
+            Some(join_request::Message::Leave(_)) => Event::Leave(stream),
+            Some(join_request::Message::Hello(_)) => {
+                return Err(rich::status(Code::InvalidArgument, "SECOND_HELLO", "a stream has one Hello"));
+            }
+            None => return Err(rich::invalid(&[Violation::new("message", "is empty")])),
+        };
+        inputs.send(Input::Event(event)).await.map_err(|_| stopping())?;
+    }
+    Ok(())
+}
+
+fn validate(hello: Hello) -> Result<Joining, Vec<Violation>> {
+    let mut found = Vec::new();
+    let model = hello.model.unwrap_or_default();
+    let names =
+        [("hello.worker_id", &hello.worker_id), ("hello.endpoint", &hello.endpoint), ("hello.model.name", &model.name)];
+    for (field, value) in names {
+        if value.is_empty() {
+            found.push(Violation::new(field, "is missing"));
+        } else if value.len() > NAME_BYTES_MAX {
+            let description = format!("has {} bytes, at most {NAME_BYTES_MAX} are taken", value.len());
+            found.push(Violation::new(field, description));
+        }
+    }
+    let port = hello.endpoint.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+    if !hello.endpoint.is_empty() && !port.is_some_and(|port| port > 0) {
+        found.push(Violation::new("hello.endpoint", format!("must be host:port, is `{}`", hello.endpoint)));
+    }
+    if !found.is_empty() {
+        return Err(found);
+    }
+    Ok(Joining { worker_id: hello.worker_id, endpoint: hello.endpoint, model, epoch: hello.epoch })
+}
+
+fn heartbeat(report: &Report) -> Result<Heartbeat, Status> {
+    let readiness = match report.state() {
+        WorkerState::Loading => Readiness::Loading,
+        WorkerState::Ready => Readiness::Ready,
+        WorkerState::Draining => Readiness::Draining,
+        WorkerState::Unspecified => {
+            return Err(rich::invalid(&[Violation::new("report.state", "must be LOADING, READY or DRAINING")]));
+        }
+    };
+    Ok(Heartbeat { epoch: report.epoch, readiness, outstanding_rows: report.outstanding_rows })
+}
