@@ -113,7 +113,7 @@ async fn member_stream(
     // From here on the task holds the answers and can end the stream by letting go of them.
     let (weak, ended) = (answers.downgrade(), CancellationToken::new());
     let outbound = Outbound { answers, _stops_reader: ended.clone().drop_guard() };
-    if inputs.send(Input::Hello(stream, joining, outbound)).await.is_err() {
+    if inputs.send(Input::Hello(stream, Box::new(joining), outbound)).await.is_err() {
         return;
     }
     let read = tokio::select! {
@@ -171,7 +171,7 @@ fn validate(hello: Hello) -> Result<Joining, Vec<Violation>> {
         }
     }
     let port = hello.endpoint.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
-    if !hello.endpoint.is_empty() && !port.is_some_and(|port| port > 0) {
+    if !hello.endpoint.is_empty() && port.is_none_or(|port| port == 0) {
         found.push(Violation::new("hello.endpoint", format!("must be host:port, is `{}`", hello.endpoint)));
     }
     if !found.is_empty() {

@@ -32,7 +32,7 @@ pub(crate) struct Outbound {
 /// What the service tells the task.
 pub(crate) enum Input {
     /// A stream opened, with its first message.
-    Hello(StreamId, Joining, Outbound),
+    Hello(StreamId, Box<Joining>, Outbound),
     /// Anything else.
     Event(Event),
 }

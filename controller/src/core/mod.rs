@@ -59,7 +59,7 @@ pub struct Heartbeat {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// First message of a stream.
-    Hello(StreamId, Joining),
+    Hello(StreamId, Box<Joining>),
     /// A heartbeat.
     Report(StreamId, Heartbeat),
     /// The worker leaves for good.
@@ -132,7 +132,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
     let mut actions = Vec::new();
     let mut loads = false;
     match event {
-        Event::Hello(stream, joining) => state.hello(stream, joining, now, &mut actions),
+        Event::Hello(stream, joining) => state.hello(stream, *joining, now, &mut actions),
         Event::Report(stream, heartbeat) => state.report(stream, heartbeat, now, &mut actions),
         Event::Leave(stream) => state.leave(stream, &mut actions),
         Event::StreamClosed(stream) => state.stream_closed(stream),

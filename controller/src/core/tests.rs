@@ -9,9 +9,9 @@ fn at(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-fn joining(worker: &str, epoch: u64) -> Joining {
+fn joining(worker: &str, epoch: u64) -> Box<Joining> {
     let model = ModelDescriptor { name: "m".into(), ..Default::default() };
-    Joining { worker_id: worker.into(), endpoint: format!("{worker}:1"), model, epoch }
+    Box::new(Joining { worker_id: worker.into(), endpoint: format!("{worker}:1"), model, epoch })
 }
 
 fn beat(epoch: u64, readiness: Readiness, outstanding_rows: u64) -> Heartbeat {
@@ -93,7 +93,7 @@ fn joining_again_raises_the_epoch_above_what_the_worker_saw_and_ends_the_old_str
 fn a_worker_at_the_endpoint_of_another_takes_its_place() {
     let mut state = State::new(TTL, 0, BTreeMap::new());
     join(&mut state, 1, "a", at(0));
-    let newcomer = Joining { endpoint: "a:1".into(), ..joining("b", 0) };
+    let newcomer = Box::new(Joining { endpoint: "a:1".into(), ..*joining("b", 0) });
     let actions = decide(&mut state, Event::Hello(StreamId(2), newcomer), at(0));
     assert!(actions.contains(&Action::Close(StreamId(1), Ending::Superseded)));
     assert_eq!(state.members().keys().collect::<Vec<_>>(), ["b"]);

@@ -1,0 +1,318 @@
+//! Checkpoints: a model folder that the engine can load (f32 in training, bf16 when exported), plus what is needed to go
+//! on exactly: moments and the position in the data. Folders appear at once, by rename.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::MaskStage,
+    model::ModelShape,
+    optimizer::Optimizer,
+};
+
+/// Ids that training and the exported configuration need.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vocabulary {
+    /// Number of tokens.
+    pub size: usize,
+    /// End of sequence.
+    pub end: u32,
+    /// The mask.
+    pub mask: u32,
+    /// Before the prefix in prefix-suffix-middle order.
+    pub prefix: u32,
+    /// Before the suffix.
+    pub suffix: u32,
+    /// Before the middle.
+    pub middle: u32,
+}
+
+impl Vocabulary {
+    /// The order of special tokens of our own tokenizers: end, mask, prefix, suffix, middle.
+    pub fn standard(size: usize) -> Vocabulary {
+        Vocabulary { size, end: 0, mask: 1, prefix: 2, suffix: 3, middle: 4 }
+    }
+}
+
+/// Where training stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Steps done.
+    pub step: usize,
+    /// Documents drawn so far; with the seed it determines what comes next.
+    pub documents: u64,
+    /// Text tokens seen.
+    pub tokens: u64,
+    /// Updates made by the optimiser.
+    pub updates: u64,
+    /// Digest of the configuration, see [`digest`].
+    pub config: String,
+}
+
+/// Files that belong to a tokenizer; those present are copied.
+const TOKENIZER_FILES: [&str; 2] = ["tokenizer.json", "tokenizer_config.json"];
+
+/// Digest of everything in the configuration that decides the numbers of a run.
+pub fn digest(stage: &MaskStage) -> String {
+    use sha2::{Digest, Sha256};
+    let mut raw = stage.raw.clone();
+    raw.out = PathBuf::new();
+    raw.threads = 0;
+    raw.eval = crate::config::RawEval::default();
+    raw.checkpoint = crate::config::RawCheckpoint::default();
+    raw.decode = crate::config::RawDecode::default();
+    let text = serde_json::to_string(&raw).unwrap_or_default();
+    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Weight types of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightType {
+    /// 32 bits.
+    F32,
+    /// 16 bits, rounded to nearest even.
+    Bf16,
+}
+
+/// What a model folder is made from.
+pub struct Export<'a> {
+    /// Sizes.
+    pub shape: &'a ModelShape,
+    /// Token ids.
+    pub vocabulary: &'a Vocabulary,
+    /// Trained block sizes.
+    pub block_sizes: &'a [usize],
+    /// Decode defaults.
+    pub decode: &'a crate::config::RawDecode,
+    /// Folder with the tokenizer's files.
+    pub tokenizer: &'a Path,
+}
+
+impl Export<'_> {
+    /// The folder's `config.json`.
+    pub fn config(&self, dtype: WeightType) -> serde_json::Value {
+        let Export { shape, vocabulary, decode, .. } = self;
+        serde_json::json!({
+            "architectures": ["UnmaskForBlockDiffusion"],
+            "model_type": "unmask",
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.inner,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads.heads,
+            "num_key_value_heads": shape.heads.kv_heads,
+            "head_dim": shape.heads.head_dim,
+            "vocab_size": shape.vocabulary,
+            "rms_norm_eps": decimal(shape.eps),
+            "rope_theta": shape.theta,
+            "max_position_embeddings": shape.positions,
+            "tie_word_embeddings": true,
+            "torch_dtype": match dtype { WeightType::F32 => "float32", WeightType::Bf16 => "bfloat16" },
+            "block_sizes": self.block_sizes,
+            "kept_reach": "causal",
+            "open_reach": "block",
+            "shift": false,
+            "mask_token_id": vocabulary.mask,
+            "eos_token_id": [vocabulary.end],
+            "pad_token_id": vocabulary.end,
+            "infill": { "prefix": vocabulary.prefix, "suffix": vocabulary.suffix, "middle": vocabulary.middle },
+            "edit": "none",
+            "decode": {
+                "block_size": decode.block_size,
+                "policy": { "threshold": { "tau": decode.tau } },
+                "max_tokens": decode.max_tokens,
+                "temperature": 0.0
+            }
+        })
+    }
+
+    /// Writes a model folder; an existing one is replaced.
+    ///
+    /// # Errors
+    /// When a file cannot be written or read.
+    pub fn write(&self, weights: &[Vec<f32>], dtype: WeightType, dir: &Path) -> anyhow::Result<()> {
+        atomically(dir, |dir| self.fill(weights, dtype, dir))
+    }
+
+    fn fill(&self, weights: &[Vec<f32>], dtype: WeightType, dir: &Path) -> anyhow::Result<()> {
+        write_tensors(self.shape, &[("", weights)], dtype, &dir.join("model.safetensors"))?;
+        let config = serde_json::to_string_pretty(&self.config(dtype))?;
+        std::fs::write(dir.join("config.json"), config + "\n").context("config.json")?;
+        for name in TOKENIZER_FILES {
+            let from = self.tokenizer.join(name);
+            if from.exists() {
+                std::fs::copy(&from, dir.join(name)).with_context(|| format!("copying {}", from.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The shortest decimal of an f32 as an f64, so that 1e-6 is written as 1e-6.
+fn decimal(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or(f64::from(x))
+}
+
+/// Lets `fill` write into a temporary folder beside `dir` and renames it into place.
+fn atomically(dir: &Path, fill: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
+    let temporary = tempfile::Builder::new().prefix(".writing-").tempdir_in(parent)?;
+    fill(temporary.path())?;
+    if dir.exists() {
+        let old = tempfile::Builder::new().prefix(".replaced-").tempdir_in(parent)?;
+        std::fs::rename(dir, old.path().join("old"))?;
+    }
+    let made = temporary.keep();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&made, std::fs::Permissions::from_mode(0o755))?;
+    }
+    std::fs::rename(&made, dir).with_context(|| format!("renaming to {}", dir.display()))
+}
+
+/// Writes sets of flat weights as named tensors, each name with its set's prefix.
+fn write_tensors(
+    shape: &ModelShape,
+    sets: &[(&str, &[Vec<f32>])],
+    dtype: WeightType,
+    file: &Path,
+) -> anyhow::Result<()> {
+    let mut data = Vec::new();
+    for (prefix, weights) in sets {
+        for segment in shape.segments() {
+            let values = &weights[segment.parameter][segment.range()];
+            let bytes: Vec<u8> = match dtype {
+                WeightType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                WeightType::Bf16 => values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect(),
+            };
+            data.push((format!("{prefix}{}", segment.name), segment.shape(), bytes));
+        }
+    }
+    let dtype = match dtype {
+        WeightType::F32 => Dtype::F32,
+        WeightType::Bf16 => Dtype::BF16,
+    };
+    let views: Result<Vec<(&str, TensorView<'_>)>, _> = data
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(dtype, shape.clone(), bytes)?)))
+        .collect();
+    let views: Vec<(&str, TensorView<'_>)> = views.map_err(|e: safetensors::SafeTensorError| anyhow::anyhow!(e))?;
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    safetensors::serialize_to_file(views, Some(metadata), file).with_context(|| format!("writing {}", file.display()))
+}
+
+/// Reads flat weights; every tensor must be there with the right shape, as f32 or bf16.
+fn read_tensors(shape: &ModelShape, prefix: &str, file: &Path) -> anyhow::Result<Vec<Vec<f32>>> {
+    let bytes = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+    let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("reading {}", file.display()))?;
+    let mut flat: Vec<Vec<f32>> = shape.parameter_sizes().into_iter().map(|size| vec![0.0; size]).collect();
+    for segment in shape.segments() {
+        let name = format!("{prefix}{}", segment.name);
+        let view = tensors.tensor(&name).with_context(|| format!("{name} in {}", file.display()))?;
+        let (found, wanted) = (view.shape(), segment.shape());
+        anyhow::ensure!(found == wanted, "{name} in {}: shape {found:?}, wanted {wanted:?}", file.display());
+        let out = &mut flat[segment.parameter][segment.range()];
+        match view.dtype() {
+            Dtype::F32 => {
+                for (out, b) in out.iter_mut().zip(view.data().as_chunks::<4>().0) {
+                    *out = f32::from_le_bytes(*b);
+                }
+            }
+            Dtype::BF16 => {
+                for (out, b) in out.iter_mut().zip(view.data().as_chunks::<2>().0) {
+                    *out = half::bf16::from_le_bytes(*b).to_f32();
+                }
+            }
+            other => anyhow::bail!("{name} in {}: {other:?} is neither F32 nor BF16", file.display()),
+        }
+    }
+    Ok(flat)
+}
+
+/// Weights of a model folder.
+///
+/// # Errors
+/// When a tensor is missing or has another shape.
+pub fn read_weights(shape: &ModelShape, dir: &Path) -> anyhow::Result<Vec<Vec<f32>>> {
+    read_tensors(shape, "", &dir.join("model.safetensors"))
+}
+
+/// Folder of the checkpoint after `step` steps.
+pub fn folder(out: &Path, step: usize) -> PathBuf {
+    out.join(format!("step-{step}"))
+}
+
+/// Writes `step-N` and deletes all but the newest `keep` checkpoints.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn save(
+    out: &Path,
+    keep: usize,
+    export: &Export<'_>,
+    optimizer: &Optimizer,
+    state: &State,
+) -> anyhow::Result<PathBuf> {
+    let dir = folder(out, state.step);
+    atomically(&dir, |dir| {
+        export.fill(&optimizer.weights, WeightType::F32, dir)?;
+        let mut sets = vec![("first.", optimizer.first.as_slice()), ("second.", optimizer.second.as_slice())];
+        if let Some(average) = &optimizer.average {
+            sets.push(("average.", average.as_slice()));
+        }
+        write_tensors(export.shape, &sets, WeightType::F32, &dir.join("optimizer.safetensors"))?;
+        std::fs::write(dir.join("state.json"), serde_json::to_string_pretty(state)? + "\n").context("state.json")
+    })?;
+    let mut all = steps(out)?;
+    all.sort_unstable();
+    for step in all.iter().rev().skip(keep.max(1)) {
+        std::fs::remove_dir_all(folder(out, *step))?;
+    }
+    Ok(dir)
+}
+
+fn steps(out: &Path) -> anyhow::Result<Vec<usize>> {
+    if !out.exists() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(out)? {
+        let name = entry?.file_name();
+        let step = name.to_str().and_then(|n| n.strip_prefix("step-")).and_then(|n| n.parse::<usize>().ok());
+        found.extend(step);
+    }
+    Ok(found)
+}
+
+/// The newest checkpoint in `out`, if any: its state, with weights and moments put into `optimizer`.
+///
+/// # Errors
+/// When it is of another configuration, or damaged.
+pub fn resume(out: &Path, shape: &ModelShape, config: &str, optimizer: &mut Optimizer) -> anyhow::Result<Option<State>> {
+    let Some(step) = steps(out)?.into_iter().max() else { return Ok(None) };
+    let dir = folder(out, step);
+    let text = std::fs::read_to_string(dir.join("state.json")).with_context(|| format!("{}", dir.display()))?;
+    let state: State = serde_json::from_str(&text).with_context(|| format!("{}/state.json", dir.display()))?;
+    anyhow::ensure!(
+        state.config == config,
+        "{} was made with another configuration: use another `out`, or start from it with `init.checkpoint`",
+        dir.display()
+    );
+    let moments = dir.join("optimizer.safetensors");
+    optimizer.weights = read_weights(shape, &dir)?;
+    optimizer.first = read_tensors(shape, "first.", &moments)?;
+    optimizer.second = read_tensors(shape, "second.", &moments)?;
+    if optimizer.average.is_some() {
+        optimizer.average = Some(read_tensors(shape, "average.", &moments)?);
+    }
+    optimizer.updates = state.updates;
+    Ok(Some(state))
+}

@@ -1,0 +1,369 @@
+//! The mask stage's configuration: the raw form as written in TOML, and the checked form. All errors are reported at
+//! once, with the names of the keys.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    model::ModelShape,
+    ops::Heads,
+    optimizer::{Rule, Settings},
+    schedule::{Decay, Schedule},
+};
+
+/// The configuration as written. Unknown keys are errors.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawMaskStage {
+    /// Folder of checkpoints, the log and the exported model.
+    pub out: PathBuf,
+    /// Seed of every random draw.
+    #[serde(default)]
+    pub seed: u64,
+    /// Threads; each runs its own micro-batches. 0: all cores.
+    #[serde(default)]
+    pub threads: usize,
+    /// Steps of this stage.
+    pub steps: usize,
+    /// Where to start from.
+    #[serde(default)]
+    pub init: RawInit,
+    /// Sizes.
+    pub model: RawModel,
+    /// What a step sees.
+    pub batch: RawBatch,
+    /// The update rule.
+    pub optimizer: RawOptimizer,
+    /// Held-out loss.
+    #[serde(default)]
+    pub eval: RawEval,
+    /// Checkpoints.
+    #[serde(default)]
+    pub checkpoint: RawCheckpoint,
+    /// Decode defaults written to the exported model.
+    #[serde(default)]
+    pub decode: RawDecode,
+}
+
+/// Where the weights come from.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawInit {
+    /// A checkpoint folder: its weights start a new schedule. Absent: fresh weights.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// Sizes of the model. The vocabulary's size comes from the tokenizer.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "the names of config.json")]
+pub struct RawModel {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    #[serde(default = "default_eps")]
+    pub rms_norm_eps: f32,
+    #[serde(default = "default_theta")]
+    pub rope_theta: f64,
+    #[serde(default = "default_positions")]
+    pub max_position_embeddings: usize,
+}
+
+fn default_eps() -> f32 {
+    1e-6
+}
+
+fn default_theta() -> f64 {
+    10_000.0
+}
+
+fn default_positions() -> usize {
+    1024
+}
+
+/// What a step sees.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawBatch {
+    /// Text tokens per step (rows are twice that, plus filling).
+    pub tokens: usize,
+    /// Longest document in tokens; longer ones are cut.
+    pub length: usize,
+    /// Rows per micro-batch.
+    #[serde(default = "default_micro_rows")]
+    pub micro_rows: usize,
+    /// One is drawn per step.
+    pub block_sizes: Vec<usize>,
+    /// Weight of the next-token loss on the clean half.
+    #[serde(default = "default_next_token")]
+    pub next_token: f32,
+}
+
+fn default_micro_rows() -> usize {
+    2048
+}
+
+fn default_next_token() -> f32 {
+    0.3
+}
+
+/// The update rule.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawOptimizer {
+    /// `adamw` or `muon`.
+    pub rule: Rule,
+    /// Largest learning rate.
+    pub rate: f64,
+    /// Steps of linear warm-up.
+    pub warm_up: usize,
+    /// `"cosine"` or `{ linear = { share = 0.2 } }`.
+    pub decay: Decay,
+    /// Final rate as a share of the largest.
+    #[serde(default)]
+    pub floor: f64,
+    /// Decay of the first moment.
+    #[serde(default = "default_beta1")]
+    pub beta1: f32,
+    /// Decay of the second moment.
+    #[serde(default = "default_beta2")]
+    pub beta2: f32,
+    /// Weight decay of matrices.
+    #[serde(default = "default_weight_decay")]
+    pub weight_decay: f32,
+    /// Largest norm of the gradient.
+    #[serde(default = "default_clip")]
+    pub clip: f32,
+    /// Decay of a moving average of the weights, which is then what is measured and exported.
+    pub average: Option<f32>,
+}
+
+fn default_beta1() -> f32 {
+    0.9
+}
+
+fn default_beta2() -> f32 {
+    0.95
+}
+
+fn default_weight_decay() -> f32 {
+    0.1
+}
+
+fn default_clip() -> f32 {
+    1.0
+}
+
+/// Held-out loss.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawEval {
+    /// Steps between measurements.
+    pub every: usize,
+    /// Held-out documents per measurement.
+    pub documents: usize,
+}
+
+impl Default for RawEval {
+    fn default() -> RawEval {
+        RawEval { every: 200, documents: 24 }
+    }
+}
+
+/// Checkpoints.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawCheckpoint {
+    /// Steps between checkpoints.
+    pub every: usize,
+    /// How many are kept.
+    pub keep: usize,
+}
+
+impl Default for RawCheckpoint {
+    fn default() -> RawCheckpoint {
+        RawCheckpoint { every: 100, keep: 2 }
+    }
+}
+
+/// Decode defaults of the exported model.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawDecode {
+    /// Block size.
+    pub block_size: usize,
+    /// Confidence threshold.
+    pub tau: f64,
+    /// Longest answer in tokens.
+    pub max_tokens: usize,
+}
+
+impl Default for RawDecode {
+    fn default() -> RawDecode {
+        RawDecode { block_size: 16, tau: 0.9, max_tokens: 256 }
+    }
+}
+
+/// A checked configuration.
+#[derive(Clone, Debug)]
+pub struct MaskStage {
+    /// As written.
+    pub raw: RawMaskStage,
+    /// Threads, at least one.
+    pub threads: usize,
+    /// The learning rate.
+    pub schedule: Schedule,
+    /// Constants of the update.
+    pub settings: Settings,
+}
+
+impl RawMaskStage {
+    /// Checks everything.
+    ///
+    /// # Errors
+    /// All problems, one per line, each beginning with its key.
+    pub fn validate(self) -> anyhow::Result<MaskStage> {
+        let mut problems = Vec::new();
+        let mut need = |ok: bool, text: String| {
+            if !ok {
+                problems.push(text);
+            }
+        };
+        let RawModel { hidden_size, intermediate_size, num_hidden_layers: layers, head_dim, .. } = self.model;
+        let (heads, kv_heads) = (self.model.num_attention_heads, self.model.num_key_value_heads);
+        for (key, value) in [
+            ("steps", self.steps),
+            ("model.hidden_size", hidden_size),
+            ("model.intermediate_size", intermediate_size),
+            ("model.num_hidden_layers", layers),
+            ("model.num_attention_heads", heads),
+            ("model.num_key_value_heads", kv_heads),
+            ("batch.tokens", self.batch.tokens),
+            ("batch.length", self.batch.length),
+            ("batch.micro_rows", self.batch.micro_rows),
+            ("eval.every", self.eval.every),
+            ("eval.documents", self.eval.documents),
+            ("checkpoint.every", self.checkpoint.every),
+            ("checkpoint.keep", self.checkpoint.keep),
+            ("decode.max_tokens", self.decode.max_tokens),
+        ] {
+            need(value > 0, format!("{key}: must be at least 1"));
+        }
+        let even = head_dim > 0 && head_dim.is_multiple_of(2);
+        need(even, format!("model.head_dim: must be even and at least 2, not {head_dim}"));
+        let divides = kv_heads > 0 && heads.is_multiple_of(kv_heads);
+        need(divides, format!("model.num_key_value_heads: {kv_heads} must divide num_attention_heads {heads}"));
+        need(self.model.rms_norm_eps > 0.0, "model.rms_norm_eps: must be positive".into());
+        need(self.model.rope_theta > 1.0, "model.rope_theta: must be above 1".into());
+        let sizes = &self.batch.block_sizes;
+        let good = !sizes.is_empty() && sizes.iter().all(|&b| b.is_power_of_two() && (2..=256).contains(&b));
+        need(good, format!("batch.block_sizes: powers of two from 2 to 256, at least one, not {sizes:?}"));
+        let largest = sizes.iter().copied().max().unwrap_or(1);
+        let longest = self.batch.length.next_multiple_of(largest.max(1));
+        let positions = self.model.max_position_embeddings;
+        let room = longest <= positions;
+        need(room, format!("batch.length: {longest} with filling exceeds model.max_position_embeddings {positions}"));
+        let block = self.decode.block_size;
+        need(sizes.contains(&block), format!("decode.block_size: {block} is not in batch.block_sizes"));
+        need(self.decode.tau > 0.0 && self.decode.tau <= 1.0, "decode.tau: must be in (0, 1]".into());
+        let lambda = self.batch.next_token;
+        need((0.0..=10.0).contains(&lambda), format!("batch.next_token: must be in [0, 10], not {lambda}"));
+        let o = &self.optimizer;
+        need(o.rate > 0.0 && o.rate < 1.0, "optimizer.rate: must be in (0, 1)".into());
+        need(o.warm_up <= self.steps, "optimizer.warm_up: exceeds steps".into());
+        need((0.0..=1.0).contains(&o.floor), "optimizer.floor: must be in [0, 1]".into());
+        need((0.0..1.0).contains(&o.beta1), "optimizer.beta1: must be in [0, 1)".into());
+        need((0.0..1.0).contains(&o.beta2), "optimizer.beta2: must be in [0, 1)".into());
+        need(o.weight_decay >= 0.0, "optimizer.weight_decay: must not be negative".into());
+        need(o.clip > 0.0, "optimizer.clip: must be positive".into());
+        need(o.average.is_none_or(|d| (0.0..1.0).contains(&d)), "optimizer.average: must be in [0, 1)".into());
+        if let Decay::Linear { share } = o.decay {
+            need(share > 0.0 && share <= 1.0, "optimizer.decay.linear.share: must be in (0, 1]".into());
+        }
+        anyhow::ensure!(problems.is_empty(), "the configuration has errors:\n  {}", problems.join("\n  "));
+        let schedule =
+            Schedule { peak: o.rate, warm_up: o.warm_up, steps: self.steps, decay: o.decay, floor: o.floor };
+        let settings = Settings {
+            rule: o.rule,
+            beta1: o.beta1,
+            beta2: o.beta2,
+            eps: 1e-8,
+            weight_decay: o.weight_decay,
+            clip: o.clip,
+            average: o.average,
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if self.threads == 0 { cores } else { self.threads };
+        Ok(MaskStage { raw: self, threads, schedule, settings })
+    }
+}
+
+impl MaskStage {
+    /// The model's sizes for a vocabulary of `vocabulary` tokens.
+    pub fn shape(&self, vocabulary: usize) -> ModelShape {
+        let model = &self.raw.model;
+        ModelShape {
+            hidden: model.hidden_size,
+            inner: model.intermediate_size,
+            layers: model.num_hidden_layers,
+            heads: Heads {
+                heads: model.num_attention_heads,
+                kv_heads: model.num_key_value_heads,
+                head_dim: model.head_dim,
+            },
+            vocabulary,
+            eps: model.rms_norm_eps,
+            theta: model.rope_theta,
+            positions: model.max_position_embeddings,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+    use super::*;
+
+    const GOOD: &str = r#"
+        out = "run"
+        steps = 10
+        [model]
+        hidden_size = 64
+        intermediate_size = 128
+        num_hidden_layers = 2
+        num_attention_heads = 4
+        num_key_value_heads = 2
+        head_dim = 16
+        [batch]
+        tokens = 256
+        length = 64
+        block_sizes = [4, 16]
+        [optimizer]
+        rule = "adamw"
+        rate = 1e-3
+        warm_up = 2
+        decay = { linear = { share = 0.2 } }
+    "#;
+
+    #[test]
+    fn reads_and_checks() {
+        let raw: RawMaskStage = toml::from_str(GOOD).unwrap();
+        let stage = raw.validate().unwrap();
+        assert_eq!(stage.shape(100).heads.width(), 128);
+        assert!(toml::from_str::<RawMaskStage>(&GOOD.replace("tokens", "tokns")).is_err());
+    }
+
+    #[test]
+    fn names_every_wrong_key() {
+        let text = GOOD.replace("head_dim = 16", "head_dim = 15").replace("[4, 16]", "[5]").replace("1e-3", "2.0");
+        let error = toml::from_str::<RawMaskStage>(&text).unwrap().validate().unwrap_err().to_string();
+        for key in ["model.head_dim", "batch.block_sizes", "optimizer.rate", "decode.block_size"] {
+            assert!(error.contains(key), "{key} in {error}");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Documents of training: generated tasks and real code, cut where a user may stop typing.
+
+use super::Documents;
+use super::bpe::{END, FIM};
+use super::corpus;
+use crate::tasks::{Part, Tasks};
+use anyhow::{Context, ensure};
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use tokenizers::Tokenizer;
+
+/// Most cuts of one document.
+const CUTS_MAX: usize = 3;
+
+/// What to draw from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MixtureConfig {
+    /// `tokenizer.json`.
+    pub tokenizer: PathBuf,
+    /// Seed of the generated tasks.
+    pub seed: u64,
+    /// Generated tasks, at least 1; a larger number repeats less.
+    pub tasks: usize,
+    /// Real code, JSONL or a folder of Python.
+    #[serde(default)]
+    pub real: Option<PathBuf>,
+    /// Share of real code.
+    #[serde(default)]
+    pub real_share: f64,
+    /// Share of documents in prefix-suffix-middle order.
+    #[serde(default = "default_infill_share")]
+    pub infill_share: f64,
+    /// Share of documents cut at random characters.
+    #[serde(default = "default_cut_share")]
+    pub cut_share: f64,
+}
+
+fn default_infill_share() -> f64 {
+    0.25
+}
+
+fn default_cut_share() -> f64 {
+    0.6
+}
+
+/// Draws documents; training or held-out ones.
+pub struct Mixture {
+    config: MixtureConfig,
+    part: Part,
+    tasks: Tasks,
+    tokenizer: Tokenizer,
+    real: Vec<String>,
+}
+
+impl Mixture {
+    /// Opens tokenizer and real code.
+    ///
+    /// # Errors
+    /// Shares outside [0, 1], files that cannot be read; all of the former at once.
+    pub fn open(config: &MixtureConfig, part: Part) -> anyhow::Result<Self> {
+        let shares =
+            [("real_share", config.real_share), ("infill_share", config.infill_share), ("cut_share", config.cut_share)];
+        let mut problems: Vec<String> = shares
+            .iter()
+            .filter(|(_, share)| !(0.0..=1.0).contains(share))
+            .map(|(key, share)| format!("{key}: must be in [0, 1], is {share}"))
+            .collect();
+        if config.tasks == 0 {
+            problems.push("tasks: must be at least 1".into());
+        }
+        ensure!(problems.is_empty(), "{}", problems.join("; "));
+        let tokenizer = Tokenizer::from_file(&config.tokenizer)
+            .map_err(|error| anyhow::anyhow!("{}: {error}", config.tokenizer.display()))?;
+        let real = match &config.real {
+            Some(path) => corpus::read(path, &["py"]).context("real")?.into_iter().map(|d| d.text).collect(),
+            None => Vec::new(),
+        };
+        ensure!(config.real_share == 0.0 || !real.is_empty(), "real: holds no documents, but real_share is above 0");
+        Ok(Self { config: config.clone(), part, tasks: Tasks::new()?, tokenizer, real })
+    }
+
+    /// Ids of the tokenizer.
+    pub fn vocabulary(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// Source of document `index`.
+    pub fn text(&self, index: usize, rng: &mut ChaCha8Rng) -> String {
+        if rng.random_bool(self.config.real_share) {
+            return self.real[index % self.real.len()].clone();
+        }
+        self.tasks.draw(self.config.seed, self.part, index as u64).program()
+    }
+
+    /// Ids of `text` cut at `cuts` random characters, each piece encoded by itself.
+    fn encode_cut(&self, text: &str, cuts: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
+        let mut ends: Vec<usize> = (0..cuts).map(|_| boundary(text, rng)).chain([0, text.len()]).collect();
+        ends.sort_unstable();
+        ends.windows(2).flat_map(|pair| self.ids(&text[pair[0]..pair[1]])).collect()
+    }
+
+    fn ids(&self, text: &str) -> Vec<u32> {
+        // Byte-level BPE encodes any text; a failure would be a broken tokenizer file.
+        self.tokenizer.encode_fast(text, false).map(|e| e.get_ids().to_vec()).unwrap_or_default()
+    }
+}
+
+/// A random character boundary.
+fn boundary(text: &str, rng: &mut ChaCha8Rng) -> usize {
+    let mut at = rng.random_range(0..=text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
+}
+
+impl Documents for Mixture {
+    fn len(&self) -> usize {
+        self.config.tasks
+    }
+
+    fn encode(&self, index: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
+        let text = self.text(index, rng);
+        let mut ids = Vec::new();
+        if rng.random_bool(self.config.infill_share) {
+            let (a, b) = (boundary(&text, rng), boundary(&text, rng));
+            let (a, b) = (a.min(b), a.max(b));
+            for (sentinel, piece) in FIM.into_iter().zip([&text[..a], &text[b..], &text[a..b]]) {
+                ids.push(sentinel);
+                ids.extend(self.ids(piece));
+            }
+        } else {
+            let cuts = if rng.random_bool(self.config.cut_share) { rng.random_range(1..=CUTS_MAX) } else { 0 };
+            ids = self.encode_cut(&text, cuts, rng);
+        }
+        ids.push(END);
+        ids
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::data::bpe;
+    use rand::SeedableRng;
+
+    #[test]
+    fn documents_decode_to_their_source_however_they_are_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let tasks = Tasks::new().unwrap();
+        let texts: Vec<String> = (0..100).map(|i| tasks.draw(1, Part::Training, i).program()).collect();
+        bpe::train(&texts, 400, dir.path()).unwrap();
+        let config = MixtureConfig {
+            tokenizer: dir.path().join("tokenizer.json"),
+            seed: 1,
+            tasks: 100,
+            real: None,
+            real_share: 0.0,
+            infill_share: 0.5,
+            cut_share: 0.5,
+        };
+        let mixture = Mixture::open(&config, Part::Training).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        let mut infills = 0;
+        for (index, text) in texts.iter().enumerate() {
+            let ids = mixture.encode(index, &mut rng);
+            let decode = |ids: &[u32]| mixture.tokenizer.decode(ids, true).unwrap();
+            assert_eq!(ids.last(), Some(&END));
+            let at: Vec<usize> = FIM.iter().filter_map(|id| ids.iter().position(|x| x == id)).collect();
+            let source = if at.len() == 3 {
+                infills += 1;
+                assert!(at[0] == 0 && at[0] < at[1] && at[1] < at[2]);
+                let (prefix, suffix) = (decode(&ids[1..at[1]]), decode(&ids[at[1] + 1..at[2]]));
+                format!("{prefix}{}{suffix}", decode(&ids[at[2] + 1..]))
+            } else {
+                decode(&ids)
+            };
+            assert_eq!(source, *text);
+        }
+        assert!((25..75).contains(&infills));
+        assert!(Mixture::open(&MixtureConfig { real_share: 2.0, tasks: 0, ..config }, Part::Training).is_err());
+    }
+}

@@ -1,0 +1,28 @@
+//! Makes the models: reads and generates training documents, trains a block-diffusion decoder on them with candle's
+//! autograd, and writes checkpoints that the engine loads.
+//!
+//! Knows nothing of serving: no sockets, no requests, no scheduling.
+//!
+//! In reading order: `data` and `tasks` (where documents come from), `stream` (their order), `noise` (corruption),
+//! `layout` (examples as rows), `ops` (operations with gradients), `model`, `step` (gradients of a batch), `optimizer`,
+//! `schedule`, `checkpoint`, `progress`, `config`, `stage_mask` (the first stage), `measure` (quality of the result).
+
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+pub mod layout;
+pub mod measure;
+pub mod model;
+pub mod noise;
+pub mod ops;
+pub mod optimizer;
+pub mod progress;
+pub mod recipe;
+pub mod schedule;
+pub mod stage_mask;
+pub mod step;
+pub mod stream;
+pub mod tasks;
+
+pub use config::{MaskStage, RawMaskStage};
+pub use stage_mask::{Sources, Summary, train_mask};

@@ -1,0 +1,1 @@
+//! Measured quality of a model on held-out tasks.

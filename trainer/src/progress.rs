@@ -1,0 +1,139 @@
+//! What a run reports: one JSON line per logged step in `log.jsonl`, and a progress bar on a terminal or a log line
+//! elsewhere.
+
+use std::{
+    fs::File,
+    io::{IsTerminal, Write},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+
+/// Time between log lines where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// One training step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Steps done.
+    pub step: usize,
+    /// Mean cross-entropy of masked tokens, nats.
+    pub mask_loss: f64,
+    /// Mean cross-entropy of next tokens on the clean half, nats.
+    pub next_loss: f64,
+    /// Block size of the step.
+    pub block_size: usize,
+    /// Learning rate.
+    pub rate: f64,
+    /// Norm of the gradient before clipping.
+    pub gradient_norm: f32,
+    /// Text tokens seen since the start.
+    pub tokens: u64,
+    /// Text tokens per second in this step.
+    pub tokens_per_second: f64,
+    /// 6 x parameters x rows per second (head: scored rows only), without attention.
+    pub gflops: f64,
+}
+
+/// Held-out loss, nats per token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvalRecord {
+    /// Steps done.
+    pub step: usize,
+    /// Per block size.
+    pub mask_loss: Vec<BlockLoss>,
+    /// Next-token loss on clean text.
+    pub next_loss: f64,
+}
+
+/// Held-out loss of one block size.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockLoss {
+    /// Block size.
+    pub block_size: usize,
+    /// Mean loss of masked tokens when a share of (i + 1/2) / 10 of each block is masked.
+    pub by_noise: Vec<f64>,
+    /// Mean of `by_noise`: a bound of the text's cross-entropy per token.
+    pub mean: f64,
+}
+
+/// A line of `log.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Record {
+    /// A step.
+    Step(StepRecord),
+    /// A measurement.
+    Eval(EvalRecord),
+}
+
+/// The log file and the bar.
+pub struct Progress {
+    log: File,
+    bar: Option<ProgressBar>,
+    steps: usize,
+    line: Option<Instant>,
+}
+
+impl Progress {
+    /// Appends to `out/log.jsonl`.
+    ///
+    /// # Errors
+    /// When the file cannot be opened.
+    pub fn new(out: &Path, steps: usize, done: usize) -> anyhow::Result<Progress> {
+        std::fs::create_dir_all(out).with_context(|| format!("creating {}", out.display()))?;
+        let path = out.join("log.jsonl");
+        let log = File::options().create(true).append(true).open(&path).with_context(|| path.display().to_string())?;
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(steps as u64).with_position(done as u64);
+            if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed}<{eta} {msg}") {
+                bar.set_style(style);
+            }
+            bar
+        });
+        Ok(Progress { log, bar, steps, line: None })
+    }
+
+    /// Reports a step.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub fn step(&mut self, record: StepRecord) -> anyhow::Result<()> {
+        let message = format!(
+            "mask {:.3} next {:.3} rate {:.1e} {:.0} tokens/s {:.0} GFLOP/s",
+            record.mask_loss, record.next_loss, record.rate, record.tokens_per_second, record.gflops
+        );
+        let step = record.step;
+        self.write(&Record::Step(record))?;
+        if let Some(bar) = &self.bar {
+            bar.set_position(step as u64);
+            bar.set_message(message);
+        } else if step == self.steps || self.line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+            self.line = Some(Instant::now());
+            tracing::info!("step {step}/{}: {message}", self.steps);
+        }
+        Ok(())
+    }
+
+    /// Reports a measurement.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub fn eval(&mut self, record: EvalRecord) -> anyhow::Result<()> {
+        let blocks: Vec<String> = record.mask_loss.iter().map(|b| format!("{}: {:.3}", b.block_size, b.mean)).collect();
+        let message =
+            format!("held out after step {}: mask {{{}}} next {:.3}", record.step, blocks.join(", "), record.next_loss);
+        match &self.bar {
+            Some(bar) => bar.suspend(|| tracing::info!("{message}")),
+            None => tracing::info!("{message}"),
+        }
+        self.write(&Record::Eval(record))
+    }
+
+    fn write(&mut self, record: &Record) -> anyhow::Result<()> {
+        writeln!(self.log, "{}", serde_json::to_string(record)?).context("log.jsonl")
+    }
+}

@@ -1,0 +1,97 @@
+//! What the command line runs: each stage from one TOML file.
+
+use crate::checkpoint::Vocabulary;
+use crate::config::RawMaskStage;
+use crate::data::{Mixture, MixtureConfig, bpe, corpus};
+use crate::stage_mask::{Sources, Summary, train_mask};
+use crate::tasks::{Part, Tasks, verify};
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Tasks verified at once.
+const VERIFY_BATCH: u64 = 500;
+
+/// Trains a tokenizer.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerStage {
+    /// Folder to write.
+    pub out: PathBuf,
+    /// Ids.
+    pub vocabulary: usize,
+    /// Seed of the generated tasks.
+    pub seed: u64,
+    /// Generated tasks to read.
+    pub tasks: u64,
+    /// Real code to read too, JSONL or a folder of Python.
+    #[serde(default)]
+    pub real: Option<PathBuf>,
+}
+
+/// The mask stage and its data.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaskRun {
+    /// Documents.
+    pub data: MixtureConfig,
+    /// The stage.
+    pub stage: RawMaskStage,
+}
+
+/// Reads a TOML file.
+///
+/// # Errors
+/// The file cannot be read, or a key is unknown, missing or malformed (with its line).
+pub fn read<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    toml::from_str(&text).with_context(|| path.display().to_string())
+}
+
+/// Runs [`TokenizerStage`].
+///
+/// # Errors
+/// As [`bpe::train`] and [`corpus::read`].
+pub fn tokenizer(stage: &TokenizerStage) -> anyhow::Result<()> {
+    let tasks = Tasks::new()?;
+    let mut texts: Vec<String> =
+        (0..stage.tasks).map(|i| tasks.draw(stage.seed, Part::Training, i).program()).collect();
+    if let Some(real) = &stage.real {
+        texts.extend(corpus::read(real, &["py"])?.into_iter().map(|document| document.text));
+    }
+    bpe::train(&texts, stage.vocabulary, &stage.out)
+}
+
+/// Writes `count` verified tasks of `part` as JSON lines in HumanEval's format.
+///
+/// # Errors
+/// Python cannot be run, or the file cannot be written.
+pub fn write_tasks(out: &Path, seed: u64, part: Part, count: u64) -> anyhow::Result<u64> {
+    let tasks = Tasks::new()?;
+    let mut file = std::io::BufWriter::new(std::fs::File::create(out).with_context(|| out.display().to_string())?);
+    let mut written = 0;
+    for first in (0..count).step_by(VERIFY_BATCH as usize) {
+        let drawn: Vec<_> = (first..count.min(first + VERIFY_BATCH)).map(|i| tasks.draw(seed, part, i)).collect();
+        for task in verify::with_expected_results(&drawn)? {
+            serde_json::to_writer(&mut file, &task)?;
+            file.write_all(b"\n")?;
+            written += 1;
+        }
+    }
+    file.flush()?;
+    Ok(written)
+}
+
+/// Runs [`MaskRun`].
+///
+/// # Errors
+/// The configuration's problems, all at once; files; training.
+pub fn mask(run: MaskRun) -> anyhow::Result<Summary> {
+    let stage = run.stage.validate()?;
+    let train = Mixture::open(&run.data, Part::Training)?;
+    let held_out = Mixture::open(&MixtureConfig { real: None, real_share: 0.0, ..run.data.clone() }, Part::HeldOut)?;
+    let folder = run.data.tokenizer.parent().context("tokenizer: has no folder")?;
+    let vocabulary = Vocabulary::standard(train.vocabulary());
+    train_mask(&stage, Sources { train: &train, held_out: &held_out, vocabulary: &vocabulary, tokenizer: folder })
+}

@@ -1,0 +1,218 @@
+//! Runs Python programs that nobody trusts: each in a process of its own, with limits on time, memory and files.
+
+use super::Task;
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// Interpreter to run programs with.
+const PYTHON: &str = "python3";
+/// The process that forks one child per program.
+const DRIVER: &str = include_str!("driver.py");
+
+/// What a program may use.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Wall clock of one program.
+    pub time: Duration,
+    /// Address space of one program in bytes.
+    pub memory_bytes: u64,
+    /// Programs at once.
+    pub processes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { time: Duration::from_secs(2), memory_bytes: 512 << 20, processes: 2 }
+    }
+}
+
+/// Source to run; it passes when it ends without an exception.
+#[derive(Debug, Clone, Serialize)]
+pub struct Program {
+    source: String,
+}
+
+impl Program {
+    /// A task's function with `body`, and its tests.
+    pub fn of(task: &Task, body: &str) -> Program {
+        let Task { prompt, test, entry_point, .. } = task;
+        Program { source: format!("{prompt}{body}\n\n{test}\n\ncheck({entry_point})\n") }
+    }
+
+    /// Source as it is.
+    pub fn of_source(source: impl Into<String>) -> Program {
+        Program { source: source.into() }
+    }
+
+    /// A program that only parses `source`.
+    pub fn parsing(source: &str) -> Program {
+        let literal = serde_json::Value::from(source);
+        Program { source: format!("import ast\nast.parse({literal})\n") }
+    }
+}
+
+/// How a program ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Without an exception.
+    Passed,
+    /// With an exception, or killed by a limit on memory or files.
+    Failed(String),
+    /// Not within its time.
+    TimedOut,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    outcome: String,
+    detail: String,
+}
+
+/// Runs programs; outcomes in the order of the programs.
+///
+/// # Errors
+/// The interpreter cannot be started or broke.
+pub fn run(programs: &[Program], limits: &Limits) -> anyhow::Result<Vec<Outcome>> {
+    let answers = answers(programs, limits)?;
+    Ok(answers
+        .into_iter()
+        .map(|answer| match answer.outcome.as_str() {
+            "passed" => Outcome::Passed,
+            "timeout" => Outcome::TimedOut,
+            _ => Outcome::Failed(answer.detail),
+        })
+        .collect())
+}
+
+fn answers(programs: &[Program], limits: &Limits) -> anyhow::Result<Vec<Answer>> {
+    let share = programs.len().div_ceil(limits.processes.max(1)).max(1);
+    let parts: Vec<anyhow::Result<Vec<Answer>>> = std::thread::scope(|scope| {
+        let workers: Vec<_> =
+            programs.chunks(share).map(|part| scope.spawn(move || run_part(part, limits))).collect();
+        workers.into_iter().map(|w| w.join().unwrap_or_else(|_| bail!("a verifier thread panicked"))).collect()
+    });
+    let mut all = Vec::with_capacity(programs.len());
+    for part in parts {
+        all.extend(part?);
+    }
+    Ok(all)
+}
+
+fn run_part(programs: &[Program], limits: &Limits) -> anyhow::Result<Vec<Answer>> {
+    let mut driver = Driver::start(limits)?;
+    programs.iter().map(|program| driver.ask(program)).collect()
+}
+
+struct Driver {
+    child: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Driver {
+    fn start(limits: &Limits) -> anyhow::Result<Driver> {
+        let mut child = Command::new(PYTHON)
+            .args(["-I", "-c", DRIVER])
+            .arg(limits.time.as_secs_f64().to_string())
+            .arg(limits.memory_bytes.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot start {PYTHON}, which runs the tasks' tests"))?;
+        let stdout = child.stdout.take().context("the verifier has no output")?;
+        Ok(Driver { child, lines: BufReader::new(stdout).lines() })
+    }
+
+    fn ask(&mut self, program: &Program) -> anyhow::Result<Answer> {
+        let stdin = self.child.stdin.as_mut().context("the verifier has no input")?;
+        serde_json::to_writer(&mut *stdin, program)?;
+        stdin.write_all(b"\n")?;
+        let line = self.lines.next().context("the verifier ended")??;
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Tasks whose tests assert what their own solution returns. Tasks whose solution does not run are left out.
+///
+/// # Errors
+/// As [`run`].
+pub fn with_expected_results(tasks: &[Task]) -> anyhow::Result<Vec<Task>> {
+    let calls: Vec<Vec<&str>> = tasks
+        .iter()
+        .map(|task| task.test.lines().skip(1).filter_map(|l| l.trim().strip_prefix("candidate")).collect())
+        .collect();
+    let programs: Vec<Program> = tasks
+        .iter()
+        .zip(&calls)
+        .map(|(task, calls)| {
+            let name = &task.entry_point;
+            let recorded: String = calls.iter().map(|call| format!("RESULTS.append(repr({name}{call}))\n")).collect();
+            Program { source: format!("{}\n\n{recorded}", task.program()) }
+        })
+        .collect();
+    let mut kept = Vec::new();
+    for ((task, calls), answer) in tasks.iter().zip(&calls).zip(answers(&programs, &Limits::default())?) {
+        if answer.outcome != "passed" {
+            tracing::warn!(task = task.task_id, detail = answer.detail, "a solution does not run");
+            continue;
+        }
+        let results: Vec<String> = serde_json::from_str(&answer.detail)?;
+        let lines: String =
+            calls.iter().zip(results).map(|(call, result)| format!("    assert candidate{call} == {result}\n")).collect();
+        kept.push(Task { test: format!("def check(candidate):\n{lines}"), ..task.clone() });
+    }
+    Ok(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn outcome(source: &str) -> Outcome {
+        let limits = Limits { time: Duration::from_secs(1), memory_bytes: 256 << 20, processes: 1 };
+        // What follows a hostile program must still run.
+        let programs = [Program::of_source(source), Program::of_source("x = 1")];
+        let mut outcomes = run(&programs, &limits).unwrap();
+        assert_eq!(outcomes.pop(), Some(Outcome::Passed));
+        outcomes.remove(0)
+    }
+
+    #[test]
+    fn hostile_programs_end() {
+        assert_eq!(outcome("while True: pass"), Outcome::TimedOut);
+        assert_eq!(outcome("import time\ntime.sleep(60)"), Outcome::TimedOut);
+        for source in [
+            "x = 'a' * (1 << 40)",
+            "import sys\nsys.exit(0)",
+            "import os\nos._exit(0)",
+            "import os\nos.kill(os.getpid(), 9)",
+            "import os\nos.write(os.open('/tmp/unmask-hostile', os.O_CREAT | os.O_WRONLY), b'x')",
+            "1 / 0",
+            "def",
+            "raise KeyboardInterrupt",
+        ] {
+            assert!(matches!(outcome(source), Outcome::Failed(_)), "{source}");
+        }
+        assert_eq!(outcome("print('x' * 10_000_000)"), Outcome::Passed);
+    }
+
+    #[test]
+    fn what_a_child_leaves_behind_is_killed() {
+        // The grandchild keeps the pipe open: only its death lets the driver go on.
+        let source = "import os, time\ntry:\n    pid = os.fork()\nexcept OSError:\n    pid = 1\nif pid == 0:\n    time.sleep(60)";
+        let outcome = outcome(source);
+        assert!(matches!(outcome, Outcome::Passed | Outcome::TimedOut | Outcome::Failed(_)));
+    }
+}

@@ -1,0 +1,126 @@
+//! The mask stage end to end on a toy language.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::path::Path;
+
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use unmask_trainer::{
+    MaskStage, RawMaskStage, Sources,
+    checkpoint::{Vocabulary, read_weights},
+    data::Documents,
+    progress::Record,
+    stage_mask, train_mask,
+};
+
+/// A random word of seven letters and the same word again.
+struct Copies;
+
+impl Documents for Copies {
+    fn len(&self) -> usize {
+        50
+    }
+
+    fn encode(&self, _: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
+        let word: Vec<u32> = (0..7).map(|_| rng.random_range(6..14)).collect();
+        [word.clone(), word, vec![0]].concat()
+    }
+}
+
+fn stage(out: &Path, steps: usize, more: &str) -> MaskStage {
+    let text = format!(
+        r#"
+        out = {:?}
+        steps = {steps}
+        threads = 2
+        {more}
+        [model]
+        hidden_size = 32
+        intermediate_size = 64
+        num_hidden_layers = 2
+        num_attention_heads = 4
+        num_key_value_heads = 2
+        head_dim = 8
+        max_position_embeddings = 64
+        [batch]
+        tokens = 400
+        length = 32
+        micro_rows = 300
+        block_sizes = [4, 8]
+        [optimizer]
+        rule = "muon"
+        rate = 5e-3
+        warm_up = 1
+        decay = "cosine"
+        average = 0.9
+        [eval]
+        every = 1000
+        documents = 8
+        [decode]
+        block_size = 8
+        tau = 0.9
+        max_tokens = 32
+        "#,
+        out.display().to_string()
+    );
+    toml::from_str::<RawMaskStage>(&text).unwrap().validate().unwrap()
+}
+
+fn sources<'a>(vocabulary: &'a Vocabulary, tokenizer: &'a Path) -> Sources<'a> {
+    Sources { train: &Copies, held_out: &Copies, vocabulary, tokenizer }
+}
+
+fn steps(out: &Path) -> Vec<(usize, f64, f64, f32)> {
+    let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
+    let records = log.lines().map(|line| serde_json::from_str::<Record>(line).unwrap());
+    records
+        .filter_map(|record| match record {
+            Record::Step(s) => Some((s.step, s.mask_loss, s.next_loss, s.gradient_norm)),
+            Record::Eval(_) => None,
+        })
+        .collect()
+}
+
+#[test]
+fn a_resumed_run_continues_exactly() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+    let vocabulary = Vocabulary::standard(14);
+    let (straight, resumed) = (dir.path().join("straight"), dir.path().join("resumed"));
+    let one = train_mask(&stage(&straight, 6, ""), sources(&vocabulary, dir.path())).unwrap();
+    stage_mask::run(&stage(&resumed, 6, ""), sources(&vocabulary, dir.path()), 3).unwrap();
+    let two = train_mask(&stage(&resumed, 6, ""), sources(&vocabulary, dir.path())).unwrap();
+    assert_eq!(steps(&straight), steps(&resumed));
+    assert_eq!(one.eval, two.eval);
+    let weights = |out: &Path| std::fs::read(out.join("model/model.safetensors")).unwrap();
+    assert!(weights(&straight) == weights(&resumed));
+    assert!(resumed.join("model/tokenizer.json").exists() && resumed.join("step-3").exists());
+
+    // Another configuration does not continue these checkpoints, but may start from one.
+    let error = train_mask(&stage(&resumed, 7, ""), sources(&vocabulary, dir.path())).unwrap_err();
+    assert!(error.to_string().contains("another configuration"), "{error}");
+    let next = stage(&dir.path().join("next"), 1, &format!("init = {{ checkpoint = {:?} }}", resumed.join("step-6")));
+    train_mask(&next, sources(&vocabulary, dir.path())).unwrap();
+    let shape = next.shape(14);
+    let before = read_weights(&shape, &resumed.join("step-6")).unwrap();
+    let after = read_weights(&shape, &dir.path().join("next/step-1")).unwrap();
+    let change = before.iter().flatten().zip(after.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(change > 0.0 && change < 0.01, "{change}");
+}
+
+#[test]
+fn learns_to_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let vocabulary = Vocabulary::standard(14);
+    let summary = train_mask(&stage(dir.path(), 250, ""), sources(&vocabulary, dir.path())).unwrap();
+    let easy = &summary.eval.mask_loss[0].by_noise;
+    let first = steps(dir.path())[0];
+    assert!((first.1 - (13f64).ln()).abs() < 0.2, "fresh weights know nothing: {first:?}");
+    // Half of the text is drawn at random (ln 8 nats per token), the other half copies it.
+    assert!(summary.eval.next_loss < 1.35, "{summary:?}");
+    assert!(easy[0] < easy[9], "{summary:?}");
+    let config: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(summary.model.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["vocab_size"], 14);
+    assert_eq!(config["block_sizes"], serde_json::json!([4, 8]));
+}

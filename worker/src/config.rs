@@ -1,0 +1,183 @@
+//! Settings of a worker, as written and as validated.
+
+use serde::Deserialize;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use thiserror::Error;
+use unmask_engine::{Limits, LoadOptions};
+
+/// Longest wait at shutdown for requests to finish, when nothing else is configured.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// A reader that takes nothing for this long is given up, when nothing else is configured.
+pub const STALL_LIMIT: Duration = Duration::from_secs(60);
+/// Memory for keys and values, when nothing else is configured (bytes).
+pub const KV_BYTES: u64 = 1 << 30;
+/// Longest drain or stall limit that may be configured.
+const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Settings as written in a file. Unknown keys are errors.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawConfig {
+    /// Folder of the model.
+    pub model: Option<PathBuf>,
+    /// host:port of the controller.
+    pub controller: Option<String>,
+    /// Stable name of this worker; default: its endpoint.
+    pub worker_id: Option<String>,
+    /// host:port under which gateways reach it; default: the address it listens on.
+    pub advertise: Option<String>,
+    /// Threads of the forward pass; default: all cores.
+    pub threads: Option<usize>,
+    /// Most rows of one step.
+    pub rows_max: Option<u32>,
+    /// Most requests that hold key/value pages.
+    pub active_max: Option<usize>,
+    /// Most requests that wait for them.
+    pub queue_max: Option<usize>,
+    /// Memory for keys and values (bytes).
+    pub kv_bytes: Option<u64>,
+    /// Longest wait at shutdown for requests to finish (milliseconds).
+    pub drain_limit_ms: Option<u64>,
+    /// A reader that takes nothing for this long is given up (milliseconds).
+    pub stall_limit_ms: Option<u64>,
+}
+
+/// Validated settings.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Folder of the model.
+    pub model: PathBuf,
+    /// How to load it.
+    pub load: LoadOptions,
+    /// host:port of the controller.
+    pub controller: String,
+    /// Stable name of this worker; `None` takes its endpoint.
+    pub worker_id: Option<String>,
+    /// host:port under which gateways reach it; `None` takes the address it listens on.
+    pub advertise: Option<String>,
+    /// Most rows of one step.
+    pub rows_max: u32,
+    /// Most requests that hold key/value pages.
+    pub active_max: usize,
+    /// Most requests that wait for them.
+    pub queue_max: usize,
+    /// Memory for keys and values (bytes); at least one page and at most what `active_max` full contexts can use
+    /// is taken.
+    pub kv_bytes: u64,
+    /// Longest wait at shutdown for requests to finish.
+    pub drain_limit: Duration,
+    /// A reader that takes nothing for this long is given up.
+    pub stall_limit: Duration,
+}
+
+/// Everything wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{}", .0.join("; "))]
+pub struct ConfigError(pub Vec<String>);
+
+impl Config {
+    /// The default settings for a model and a controller.
+    pub fn new(model: PathBuf, controller: String) -> Self {
+        let limits = Limits::default();
+        Self {
+            model,
+            load: LoadOptions::default(),
+            controller,
+            worker_id: None,
+            advertise: None,
+            rows_max: limits.rows_max,
+            active_max: limits.active_max,
+            queue_max: limits.queue_max,
+            kv_bytes: KV_BYTES,
+            drain_limit: DRAIN_LIMIT,
+            stall_limit: STALL_LIMIT,
+        }
+    }
+
+    /// The endpoint to tell the controller, for a worker that listens on `listening`.
+    ///
+    /// # Errors
+    /// When it listens on every address, none of which says how it is reached, and `advertise` is not set.
+    pub fn endpoint(&self, listening: SocketAddr) -> Result<String, ConfigError> {
+        match &self.advertise {
+            Some(endpoint) => Ok(endpoint.clone()),
+            None if listening.ip().is_unspecified() => Err(ConfigError(vec![format!(
+                "advertise: is needed when listening on {listening}: give the host:port gateways reach this worker at"
+            )])),
+            None => Ok(listening.to_string()),
+        }
+    }
+}
+
+impl TryFrom<RawConfig> for Config {
+    type Error = ConfigError;
+
+    fn try_from(raw: RawConfig) -> Result<Self, ConfigError> {
+        let mut errors = Vec::new();
+        let mut require = |ok: bool, message: String| {
+            if !ok {
+                errors.push(message);
+            }
+        };
+        require(raw.model.is_some(), "model: is missing, give the model's folder".into());
+        let controller = raw.controller.unwrap_or_default();
+        require(is_host_port(&controller), format!("controller: must be host:port, is `{controller}`"));
+        let mut config = Self::new(raw.model.unwrap_or_default(), controller);
+        if let Some(advertise) = &raw.advertise {
+            require(is_host_port(advertise), format!("advertise: must be host:port, is `{advertise}`"));
+        }
+        config.advertise = raw.advertise;
+        require(raw.worker_id.as_deref() != Some(""), "worker_id: must not be empty".into());
+        config.worker_id = raw.worker_id;
+        if let Some(threads) = raw.threads {
+            require(threads > 0, "threads: must be at least 1".into());
+            config.load.threads = threads;
+        }
+        config.rows_max = raw.rows_max.unwrap_or(config.rows_max);
+        require(config.rows_max >= 8, format!("rows_max: must be at least 8, is {}", config.rows_max));
+        config.active_max = raw.active_max.unwrap_or(config.active_max);
+        require(config.active_max > 0, "active_max: must be at least 1".into());
+        config.queue_max = raw.queue_max.unwrap_or(config.queue_max);
+        require(config.queue_max > 0, "queue_max: must be at least 1".into());
+        config.kv_bytes = raw.kv_bytes.unwrap_or(config.kv_bytes);
+        require(config.kv_bytes > 0, "kv_bytes: must be at least 1".into());
+        let drain = raw.drain_limit_ms.map_or(config.drain_limit, Duration::from_millis);
+        let stall = raw.stall_limit_ms.map_or(config.stall_limit, Duration::from_millis);
+        for (key, limit) in [("drain_limit_ms", drain), ("stall_limit_ms", stall)] {
+            require(limit <= LIMIT_MAX, format!("{key}: must be at most {}", LIMIT_MAX.as_millis()));
+        }
+        (config.drain_limit, config.stall_limit) = (drain, stall);
+        if errors.is_empty() { Ok(config) } else { Err(ConfigError(errors)) }
+    }
+}
+
+fn is_host_port(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn all_errors_come_at_once_with_their_keys() {
+        let raw: RawConfig =
+            serde_json::from_str(r#"{"controller": "here", "threads": 0, "rows_max": 1, "kv_bytes": 0}"#).unwrap();
+        let ConfigError(errors) = Config::try_from(raw).unwrap_err();
+        let keys: Vec<_> = errors.iter().filter_map(|error| error.split(':').next()).collect();
+        assert_eq!(keys, ["model", "controller", "threads", "rows_max", "kv_bytes"]);
+        assert!(serde_json::from_str::<RawConfig>(r#"{"modle": "x"}"#).unwrap_err().to_string().contains("modle"));
+    }
+
+    #[test]
+    fn an_unspecified_address_needs_an_advertised_one() {
+        let mut config = Config::new("m".into(), "c:1".into());
+        assert_eq!(config.endpoint("127.0.0.1:70".parse().unwrap()).unwrap(), "127.0.0.1:70");
+        assert!(config.endpoint("0.0.0.0:70".parse().unwrap()).is_err());
+        config.advertise = Some("worker-3:70".into());
+        assert_eq!(config.endpoint("0.0.0.0:70".parse().unwrap()).unwrap(), "worker-3:70");
+    }
+}

@@ -1,0 +1,203 @@
+//! Membership: joins the controller, reports, takes assignments; joins again when the stream breaks.
+//!
+//! It has an OS thread and runtime of its own: a busy machine must not make a worker look dead. While no
+//! controller answers, the worker serves on in the epoch it has.
+
+use crate::membership::{Membership, Readiness};
+use crate::runner::Handle;
+use std::io;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
+use tonic::{Code, Status, Streaming};
+use unmask_proto::rich;
+use unmask_proto::v1::controller_service_client::ControllerServiceClient;
+use unmask_proto::v1::{
+    Hello, JoinRequest, JoinResponse, Leave, ModelDescriptor, Report, WorkerState, join_request::Message,
+};
+
+/// Time between reports; the controller's time-to-live is five of them.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest wait for a connection and for the Join stream to open.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// Messages the stream may hold back; when it is full the connection is stuck and is given up.
+const OUTBOUND_MAX: usize = 8;
+/// First pause before joining again; doubles up to [`BACKOFF_MAX`].
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// Longest pause before joining again.
+const BACKOFF_MAX: Duration = Duration::from_secs(3);
+/// A stream that lasted this long starts the pauses anew.
+const STABLE_AFTER: Duration = Duration::from_secs(5);
+/// Longest wait for the controller to acknowledge a Leave.
+const LEAVE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Who joins where.
+pub(crate) struct Joiner {
+    pub controller: String,
+    pub worker_id: String,
+    pub endpoint: String,
+    pub model: ModelDescriptor,
+    pub membership: Arc<Membership>,
+    pub runner: Handle,
+}
+
+/// Starts the thread. It says Leave and ends when `membership` drains, or just ends when `stop` is cancelled.
+///
+/// # Errors
+/// When the system gives no thread or no runtime.
+pub(crate) fn start(joiner: Joiner, stop: CancellationToken) -> io::Result<JoinHandle<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("unmask-join".into()).spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                () = joiner.run() => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    })
+}
+
+impl Joiner {
+    async fn run(self) {
+        let mut backoff = BACKOFF_MIN;
+        let mut highest_term = 0;
+        let mut readiness = self.membership.watch();
+        loop {
+            let began = Instant::now();
+            match self.serve(&mut highest_term).await {
+                Ok(()) => return,
+                Err(status) => {
+                    tracing::warn!(controller = self.controller, %status, "not a member; joining again");
+                }
+            }
+            if began.elapsed() >= STABLE_AFTER {
+                backoff = BACKOFF_MIN;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff) => {}
+                // Nobody to take leave of.
+                _ = readiness.wait_for(|readiness| *readiness == Readiness::Draining) => return,
+            }
+            backoff = (2 * backoff).min(BACKOFF_MAX);
+        }
+    }
+
+    /// One stream, to its end. `Ok` when the worker has left.
+    async fn serve(&self, highest_term: &mut u64) -> Result<(), Status> {
+        let (out, mut answers) = timeout(CONNECT_LIMIT, self.open())
+            .await
+            .map_err(|_| rich::status(Code::Unavailable, "CONTROLLER_SILENT", "no answer in time"))??;
+        let mut readiness = self.membership.watch();
+        let mut reports = interval(REPORT_INTERVAL);
+        reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            if *readiness.borrow_and_update() == Readiness::Draining {
+                return self.leave(out, answers).await;
+            }
+            tokio::select! {
+                answer = answers.message() => {
+                    let answer = answer?.ok_or_else(closed)?;
+                    if self.take(answer, highest_term)?.is_break() {
+                        continue;
+                    }
+                    self.report(&out)?;
+                }
+                _ = reports.tick() => self.report(&out)?,
+                _ = readiness.changed() => {}
+            }
+        }
+    }
+
+    async fn open(&self) -> Result<(mpsc::Sender<JoinRequest>, Streaming<JoinResponse>), Status> {
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.controller))
+            .map_err(|error| rich::status(Code::InvalidArgument, "BAD_CONTROLLER", error.to_string()))?
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(REPORT_INTERVAL)
+            .keep_alive_timeout(CONNECT_LIMIT);
+        let channel = endpoint
+            .connect()
+            .await
+            .map_err(|error| rich::status(Code::Unavailable, "NO_CONTROLLER", with_sources(&error)))?;
+        let (out, requests) = mpsc::channel(OUTBOUND_MAX);
+        let hello = Hello {
+            worker_id: self.worker_id.clone(),
+            endpoint: self.endpoint.clone(),
+            model: Some(self.model.clone()),
+            epoch: self.membership.epoch(),
+        };
+        send(&out, Message::Hello(hello))?;
+        let answers = ControllerServiceClient::new(channel).join(ReceiverStream::new(requests)).await?.into_inner();
+        Ok((out, answers))
+    }
+
+    /// Takes an assignment; `Break` when there was none to take.
+    fn take(&self, answer: JoinResponse, highest_term: &mut u64) -> Result<ControlFlow<()>, Status> {
+        if answer.term < *highest_term {
+            let message = format!("term {} after {highest_term}: a leader of the past", answer.term);
+            return Err(rich::status(Code::FailedPrecondition, "STALE_TERM", message));
+        }
+        *highest_term = answer.term;
+        let Some(assignment) = answer.assignment else { return Ok(ControlFlow::Break(())) };
+        if !self.membership.raise_epoch(assignment.epoch) {
+            let message = format!("epoch {} is below {}", assignment.epoch, self.membership.epoch());
+            return Err(rich::status(Code::FailedPrecondition, "STALE_EPOCH", message));
+        }
+        tracing::info!(group = assignment.group_id, epoch = assignment.epoch, term = answer.term, "assigned");
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn report(&self, out: &mpsc::Sender<JoinRequest>) -> Result<(), Status> {
+        let load = self.runner.load();
+        let state = match self.membership.readiness() {
+            Readiness::Ready => WorkerState::Ready,
+            Readiness::Draining => WorkerState::Draining,
+        };
+        let report = Report {
+            epoch: self.membership.epoch(),
+            state: state.into(),
+            outstanding_rows: load.outstanding_rows,
+            active_requests: load.active as u32,
+            queued_requests: load.queued as u32,
+        };
+        send(out, Message::Report(report))
+    }
+
+    async fn leave(&self, out: mpsc::Sender<JoinRequest>, mut answers: Streaming<JoinResponse>) -> Result<(), Status> {
+        self.report(&out)?;
+        send(&out, Message::Leave(Leave {}))?;
+        drop(out);
+        // The controller ends the stream once the routes are without this worker.
+        let ended = timeout(LEAVE_LIMIT, async { while let Ok(Some(_)) = answers.message().await {} }).await;
+        if ended.is_err() {
+            tracing::warn!("the controller did not acknowledge that this worker leaves");
+        }
+        Ok(())
+    }
+}
+
+fn send(out: &mpsc::Sender<JoinRequest>, message: Message) -> Result<(), Status> {
+    out.try_send(JoinRequest { message: Some(message) })
+        .map_err(|_| rich::status(Code::Unavailable, "CONTROLLER_STUCK", "the stream takes no more reports"))
+}
+
+fn closed() -> Status {
+    rich::status(Code::Unavailable, "CONTROLLER_CLOSED", "the controller ended the stream")
+}
+
+/// A transport error says little without its sources.
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,289 @@
+//! The worker: a gRPC service around an engine, and its membership with the controller.
+//!
+//! It knows the engine, the wire between gateway and worker, and the clock. It does not know text: requests come in
+//! token ids and answers leave in token ids.
+//!
+//! Modules in reading order:
+//! - [`config`]: raw and validated settings
+//! - `service`: gRPC; checks epoch, model, deadline
+//! - `runner`: the thread that owns the engine
+//! - `delivery`: one request's way back to its reader
+//! - `mapping`: messages to engine types and back
+//! - `membership`, `join`: readiness and epoch; reports to the controller
+//! - `descriptor`: what the worker says of its model, tokenizer files
+
+pub mod config;
+mod delivery;
+mod descriptor;
+mod join;
+mod mapping;
+mod membership;
+mod runner;
+mod service;
+
+pub use config::{Config, ConfigError, RawConfig};
+pub use descriptor::TokenizerFilesError;
+
+use crate::descriptor::TokenizerFiles;
+use crate::join::Joiner;
+use crate::membership::Membership;
+use crate::runner::Handle;
+use crate::service::Service;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use unmask_engine::pages::Pages;
+use unmask_engine::request::BLOCK_SIZE_MAX;
+use unmask_engine::{Engine, Event, Limits, LoadError, Model, Request, RequestId, Sampling, Settings};
+use unmask_proto::v1::worker_service_server::WorkerServiceServer;
+
+/// Longest request (bytes): a prompt of a million ids is about 3 MiB.
+const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Open streams per connection; a gateway opens further connections beyond.
+const STREAMS_PER_CONNECTION_MAX: u32 = 1024;
+/// How often idle connections are pinged, and how long an answer may take.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// Longest wait at shutdown for connections to close once their streams have ended.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// Steps the canary may take: a block's denoise passes and more.
+const CANARY_STEPS_MAX: usize = 4 * BLOCK_SIZE_MAX as usize;
+/// Longest wait at shutdown for a step to end.
+const STEP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why a worker did not start, or stopped.
+#[derive(Debug, Error)]
+pub enum WorkerError {
+    /// The model cannot be loaded.
+    #[error("model {path}: {source}")]
+    Load {
+        /// Its folder.
+        path: std::path::PathBuf,
+        /// Why.
+        source: LoadError,
+    },
+    /// The tokenizer's files cannot be served.
+    #[error("tokenizer: {0}")]
+    Tokenizer(#[from] TokenizerFilesError),
+    /// The model does not compute.
+    #[error("the model's first block failed: {0}")]
+    Canary(String),
+    /// Settings do not fit together.
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    /// The system refused a thread or an address.
+    #[error("{action}: {source}")]
+    System {
+        /// What was attempted.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The listener failed.
+    #[error("serving gRPC: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    /// A task of the worker's own panicked.
+    #[error("loading the model panicked: {0}")]
+    Panicked(#[from] tokio::task::JoinError),
+}
+
+/// Loads the model, serves and reports until `shutdown` completes, then drains: it leaves the controller, refuses
+/// what is new, finishes what it holds up to the drain limit, and ends the rest with UNAVAILABLE.
+///
+/// # Errors
+/// [`WorkerError`] when model or tokenizer cannot be loaded, the settings do not fit, or the listener fails.
+pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), WorkerError> {
+    let listening = listener.local_addr().map_err(|source| WorkerError::System { action: "listening", source })?;
+    let endpoint = config.endpoint(listening)?;
+    tokio::pin!(shutdown);
+    let loading = tokio::task::spawn_blocking({
+        let config = config.clone();
+        move || load(&config)
+    });
+    let Loaded { model, tokenizer, runner, engine_thread } = tokio::select! {
+        loaded = loading => loaded??,
+        () = &mut shutdown => return Ok(()),
+    };
+    let membership = Arc::new(Membership::new());
+    let end_join = CancellationToken::new();
+    let joiner = Joiner {
+        controller: config.controller.clone(),
+        worker_id: config.worker_id.clone().unwrap_or_else(|| endpoint.clone()),
+        endpoint,
+        model: descriptor::describe(&model, &tokenizer),
+        membership: Arc::clone(&membership),
+        runner: runner.clone(),
+    };
+    let join_thread = join::start(joiner, end_join.clone()).map_err(no_thread)?;
+    let open = watch::Sender::new(0);
+    let service = Service {
+        runner: runner.clone(),
+        membership: Arc::clone(&membership),
+        model_name: model.config().name.clone(),
+        default_policy: model.config().decode.policy,
+        tokenizer: Arc::new(tokenizer),
+        open: open.clone(),
+    };
+    let served =
+        serve(service, listener, shutdown, Drain { open, runner, membership, limit: config.drain_limit }).await;
+    end_join.cancel();
+    join_threads([("join", join_thread), ("engine", engine_thread)]).await;
+    served
+}
+
+/// What has to happen before the last connection closes.
+struct Drain {
+    open: watch::Sender<usize>,
+    runner: Handle,
+    membership: Arc<Membership>,
+    limit: Duration,
+}
+
+impl Drain {
+    /// Waits for open streams up to the limit, then ends the rest.
+    async fn run(&self) {
+        let mut open = self.open.subscribe();
+        let drained = tokio::time::timeout(self.limit, open.wait_for(|open| *open == 0)).await.is_ok();
+        if !drained {
+            tracing::warn!(streams = *self.open.borrow(), "the drain limit passed; ending the rest");
+        }
+        self.runner.stop();
+    }
+}
+
+async fn serve(
+    service: Service,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+    drain: Drain,
+) -> Result<(), WorkerError> {
+    type Served = WorkerServiceServer<Service>;
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<Served>().await;
+    let close = CancellationToken::new();
+    let server = Server::builder()
+        .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .http2_keepalive_timeout(Some(PING_INTERVAL))
+        .add_service(health)
+        .add_service(WorkerServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX))
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            close.clone().cancelled_owned(),
+        );
+    tokio::pin!(server, shutdown);
+    let served = tokio::select! {
+        served = &mut server => served,
+        () = &mut shutdown => {
+            tracing::info!("draining");
+            drain.membership.drain();
+            reporter.set_not_serving::<Served>().await;
+            reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+            let ended = tokio::select! {
+                served = &mut server => Some(served),
+                () = drain.run() => None,
+            };
+            close.cancel();
+            match ended {
+                Some(served) => served,
+                None => tokio::time::timeout(CLOSE_LIMIT, server).await.unwrap_or(Ok(())),
+            }
+        }
+    };
+    drain.runner.stop();
+    Ok(served?)
+}
+
+/// What [`load`] makes.
+struct Loaded {
+    model: Arc<Model>,
+    tokenizer: TokenizerFiles,
+    runner: Handle,
+    engine_thread: JoinHandle<()>,
+}
+
+/// Everything that takes long, for a thread that may block.
+fn load(config: &Config) -> Result<Loaded, WorkerError> {
+    let tokenizer = TokenizerFiles::read(&config.model)?;
+    let model = Model::load(&config.model, &config.load)
+        .map_err(|source| WorkerError::Load { path: config.model.clone(), source })?;
+    let model = Arc::new(model);
+    let limits = limits(config, &model);
+    let mut engine = Engine::new(Arc::clone(&model), limits);
+    canary(&mut engine).map_err(WorkerError::Canary)?;
+    tracing::info!(
+        model = model.config().name,
+        parameters = model.parameters(),
+        numerics = model.numerics_id(),
+        pages = limits.pages,
+        "ready"
+    );
+    let (runner, engine_thread) = runner::start(engine, limits, config.stall_limit).map_err(no_thread)?;
+    Ok(Loaded { model, tokenizer, runner, engine_thread })
+}
+
+fn no_thread(source: io::Error) -> WorkerError {
+    WorkerError::System { action: "starting a thread", source }
+}
+
+/// Computes one token: a worker that is ready has proven it.
+fn canary(engine: &mut Engine) -> Result<(), String> {
+    let config = engine.model().config();
+    let request = Request {
+        id: RequestId(0),
+        prompt: vec![config.eos_ids.first().copied().unwrap_or(0)],
+        settings: Settings {
+            max_tokens: 1,
+            block_size: config.decode.block_size,
+            policy: config.decode.policy,
+            sampling: Sampling::GREEDY,
+            stop_ids: Vec::new(),
+            nfe_cap: 0,
+            ends: None,
+        },
+        committed: Vec::new(),
+        passes_used: 0,
+        drafts: false,
+        priority: 0,
+        raw: false,
+    };
+    engine.submit(request).map_err(|refusal| refusal.to_string())?;
+    let mut events = Vec::new();
+    for _ in 0..CANARY_STEPS_MAX {
+        engine.step(&mut events);
+        if events.drain(..).any(|event| matches!(event, Event::Finished { .. })) {
+            return Ok(());
+        }
+    }
+    Err(format!("no end after {CANARY_STEPS_MAX} steps"))
+}
+
+/// The engine's limits: as many pages as the memory for keys and values allows, and no more than can be used.
+fn limits(config: &Config, model: &Model) -> Limits {
+    let page_bytes = model.new_kv(1).bytes().max(1) as u64;
+    let afforded = usize::try_from(config.kv_bytes / page_bytes).unwrap_or(usize::MAX);
+    let per_request = Pages::needed(model.config().context_length.saturating_add(BLOCK_SIZE_MAX));
+    let pages = afforded.min(per_request.saturating_mul(config.active_max)).max(1);
+    Limits { rows_max: config.rows_max, active_max: config.active_max, queue_max: config.queue_max, pages }
+}
+
+/// Waits for the threads to end: they have been told to.
+async fn join_threads(threads: [(&'static str, JoinHandle<()>); 2]) {
+    let joined = tokio::task::spawn_blocking(move || {
+        for (name, thread) in threads {
+            if thread.join().is_err() {
+                tracing::error!(name, "a thread panicked");
+            }
+        }
+    });
+    if tokio::time::timeout(STEP_LIMIT, joined).await.is_err() {
+        tracing::error!("a thread did not end in time");
+    }
+}

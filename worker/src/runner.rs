@@ -1,0 +1,309 @@
+//! The thread that owns the engine: takes requests between steps, steps, delivers.
+//!
+//! Everybody else holds a [`Handle`]. A reader that drops its stream frees its rows before the next step; a reader
+//! that is slow pauses its own request only; a panic in a step ends the requests of that step, not the thread.
+
+use crate::delivery::{Delivery, Flow, Reading, Terms};
+use crate::mapping;
+use std::collections::BTreeMap;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tokio::sync::{oneshot, watch};
+use tonic::{Code, Status};
+use unmask_engine::{Engine, Event, Limits, Load, Request, RequestId};
+use unmask_proto::rich;
+
+/// Letters that wait for the runner; a request that finds it full is refused.
+const MAILBOX_MAX: usize = 1024;
+/// Letters taken between two steps.
+const LETTERS_PER_STEP_MAX: usize = 256;
+/// How often readers of paused requests are looked at while nothing else runs.
+const PAUSED_POLL: Duration = Duration::from_millis(5);
+
+/// A letter to the runner.
+enum Letter {
+    Submit(Box<Submission>),
+    /// Something outside the mailbox changed: a reader has gone, or the runner is to stop.
+    Wake,
+    #[cfg(test)]
+    Panic,
+}
+
+struct Submission {
+    request: Request,
+    terms: Terms,
+    reply: oneshot::Sender<Result<Reading, Status>>,
+}
+
+/// Everybody's side of the runner.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    letters: SyncSender<Letter>,
+    load: watch::Receiver<Load>,
+    next_id: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Handle {
+    /// A number no other request has.
+    pub(crate) fn next_id(&self) -> RequestId {
+        RequestId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Hands a request to the engine; answers when the engine took it (between two steps) or refused.
+    ///
+    /// # Errors
+    /// The engine's refusal, RESOURCE_EXHAUSTED when the mailbox is full, UNAVAILABLE when the runner has stopped.
+    pub(crate) async fn submit(&self, request: Request, terms: Terms) -> Result<Reading, Status> {
+        let (reply, answer) = oneshot::channel();
+        let letter = Letter::Submit(Box::new(Submission { request, terms, reply }));
+        self.letters.try_send(letter).map_err(|error| match error {
+            TrySendError::Full(_) => rich::retryable(
+                Code::ResourceExhausted,
+                "MAILBOX_FULL",
+                format!("{MAILBOX_MAX} requests wait for the engine's attention"),
+                mapping::RETRY_AFTER,
+            ),
+            TrySendError::Disconnected(_) => stopped(),
+        })?;
+        answer.await.map_err(|_| stopped())?
+    }
+
+    /// Makes the runner look around. Cheap; a full mailbox means that it is about to look anyway.
+    pub(crate) fn wake(&self) {
+        let _ = self.letters.try_send(Letter::Wake);
+    }
+
+    /// Ends every request with UNAVAILABLE and the thread with them.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// The engine's load as of the last step.
+    pub(crate) fn load(&self) -> Load {
+        *self.load.borrow()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn watch_load(&self) -> watch::Receiver<Load> {
+        self.load.clone()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn panic(&self) {
+        let _ = self.letters.try_send(Letter::Panic);
+    }
+}
+
+/// The status of requests whose runner is gone: another group may take them.
+pub(crate) fn stopped() -> Status {
+    rich::retryable(Code::Unavailable, "WORKER_STOPPING", "the worker is stopping", mapping::RETRY_AFTER)
+}
+
+/// Starts the thread.
+///
+/// # Errors
+/// When the system gives no thread.
+pub(crate) fn start(engine: Engine, limits: Limits, stall_limit: Duration) -> io::Result<(Handle, JoinHandle<()>)> {
+    let (letters, mailbox) = sync_channel(MAILBOX_MAX);
+    let (load, loads) = watch::channel(engine.load());
+    let stop = Arc::new(AtomicBool::new(false));
+    let handle = Handle { letters, load: loads, next_id: Arc::new(AtomicU64::new(1)), stop: Arc::clone(&stop) };
+    let runner =
+        Runner { limits, stall_limit, engine, mailbox, load, deliveries: BTreeMap::new(), events: Vec::new(), stop };
+    let thread = std::thread::Builder::new().name("unmask-engine".into()).spawn(move || runner.run())?;
+    Ok((handle, thread))
+}
+
+struct Runner {
+    limits: Limits,
+    /// A reader that takes nothing for this long is given up.
+    stall_limit: Duration,
+    engine: Engine,
+    mailbox: Receiver<Letter>,
+    load: watch::Sender<Load>,
+    deliveries: BTreeMap<RequestId, Delivery>,
+    /// Reused between steps.
+    events: Vec<Event>,
+    stop: Arc<AtomicBool>,
+}
+
+/// Whether the thread goes on.
+#[derive(PartialEq, Eq)]
+enum Turn {
+    Next,
+    Stop,
+}
+
+impl Runner {
+    fn run(mut self) {
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(Turn::Next) => {}
+                Ok(Turn::Stop) => break,
+                Err(_) => self.start_over(),
+            }
+        }
+        for delivery in std::mem::take(&mut self.deliveries).into_values() {
+            delivery.end(Err(stopped()));
+        }
+    }
+
+    /// Letters, readers, one step.
+    fn turn(&mut self) -> Turn {
+        for _ in 0..LETTERS_PER_STEP_MAX {
+            match self.mailbox.try_recv() {
+                Ok(letter) => self.open(letter),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return Turn::Stop,
+            }
+        }
+        if self.stop.load(Ordering::Acquire) {
+            return Turn::Stop;
+        }
+        self.look_at_readers(Instant::now());
+        let carried = self.engine.has_work() && self.step();
+        self.load.send_replace(self.engine.load());
+        if carried { Turn::Next } else { self.wait() }
+    }
+
+    fn open(&mut self, letter: Letter) {
+        match letter {
+            Letter::Submit(submission) => self.submit(*submission),
+            Letter::Wake => {}
+            #[cfg(test)]
+            Letter::Panic => panic!("as a test wants it"),
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { request, terms, reply } = submission;
+        let id = request.id;
+        let answer = match self.engine.submit(request) {
+            Ok(()) => {
+                let (delivery, reading) = Delivery::new(terms);
+                self.deliveries.insert(id, delivery);
+                Ok(reading)
+            }
+            Err(refusal) => Err(mapping::refused(&refusal)),
+        };
+        // Whoever asked may have gone; then the reading is dropped and the request is found abandoned.
+        let _ = reply.send(answer);
+    }
+
+    /// Ends what is over by the clock or by its reader; pauses and resumes the others.
+    fn look_at_readers(&mut self, now: Instant) {
+        let (engine, stall_limit) = (&mut self.engine, self.stall_limit);
+        let mut over = Vec::new();
+        for (&id, delivery) in &mut self.deliveries {
+            if delivery.abandoned() {
+                over.push((id, Ok(())));
+                continue;
+            }
+            if delivery.terms.deadline.is_some_and(|deadline| now >= deadline) {
+                over.push((id, Err(deadline_exceeded())));
+                continue;
+            }
+            let was = delivery.flow();
+            if !delivery.finished() && delivery.terms.time_limit.is_some_and(|limit| now >= limit) {
+                engine.cancel(id);
+                delivery.time_over(now);
+            }
+            delivery.flush(now);
+            match (was, delivery.flow()) {
+                _ if delivery.complete() => over.push((id, Ok(()))),
+                (_, Flow::Full(since)) if now.saturating_duration_since(since) >= stall_limit => {
+                    over.push((id, Err(reader_stalled(stall_limit))));
+                }
+                (Flow::Open, Flow::Full(_)) => engine.pause(id, true),
+                (Flow::Full(_), Flow::Open) => engine.pause(id, false),
+                _ => {}
+            }
+        }
+        for (id, result) in over {
+            self.engine.cancel(id);
+            self.end(id, result);
+        }
+    }
+
+    /// One step and its events; false when no request could take rows.
+    fn step(&mut self) -> bool {
+        let report = self.engine.step(&mut self.events);
+        let now = Instant::now();
+        let mut events = std::mem::take(&mut self.events);
+        let carried = report.rows > 0 || !events.is_empty();
+        for event in events.drain(..) {
+            let id = event.id();
+            let Some(delivery) = self.deliveries.get_mut(&id) else { continue };
+            let was = delivery.flow();
+            delivery.take(event, now);
+            if delivery.complete() {
+                self.end(id, Ok(()));
+            } else if was == Flow::Open && delivery.flow() != Flow::Open {
+                self.engine.pause(id, true);
+            }
+        }
+        self.events = events;
+        carried
+    }
+
+    fn end(&mut self, id: RequestId, result: Result<(), Status>) {
+        if let Some(delivery) = self.deliveries.remove(&id) {
+            delivery.end(result);
+        }
+    }
+
+    /// Sleeps until a letter comes or the clock has something to say.
+    fn wait(&mut self) -> Turn {
+        let now = Instant::now();
+        let clocks = self.deliveries.values().flat_map(|delivery| {
+            let limit = if delivery.finished() { None } else { delivery.terms.time_limit };
+            [delivery.terms.deadline, limit]
+        });
+        let until_clock = clocks.flatten().min().map(|at| at.saturating_duration_since(now));
+        let poll = self.deliveries.values().any(|d| d.flow() != Flow::Open).then_some(PAUSED_POLL);
+        let letter = match [until_clock, poll].into_iter().flatten().min() {
+            Some(timeout) => match self.mailbox.recv_timeout(timeout) {
+                Ok(letter) => letter,
+                Err(RecvTimeoutError::Timeout) => return Turn::Next,
+                Err(RecvTimeoutError::Disconnected) => return Turn::Stop,
+            },
+            None => match self.mailbox.recv() {
+                Ok(letter) => letter,
+                Err(_) => return Turn::Stop,
+            },
+        };
+        self.open(letter);
+        Turn::Next
+    }
+
+    /// After a panic nothing the engine holds can be trusted: its requests end, a new engine begins.
+    fn start_over(&mut self) {
+        tracing::error!(requests = self.deliveries.len(), "a step panicked; starting over with an empty engine");
+        for delivery in std::mem::take(&mut self.deliveries).into_values() {
+            delivery.end(Err(rich::status(Code::Internal, "STEP_PANICKED", "a step of the engine failed")));
+        }
+        self.events.clear();
+        self.engine = Engine::new(Arc::clone(self.engine.model()), self.limits);
+        self.load.send_replace(self.engine.load());
+    }
+}
+
+/// The status of a request whose `grpc-timeout` passed.
+pub(crate) fn deadline_exceeded() -> Status {
+    rich::status(Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline of the call passed")
+}
+
+fn reader_stalled(limit: Duration) -> Status {
+    let message = format!("nothing was read for {} ms: the request was given up", limit.as_millis());
+    rich::status(Code::Aborted, "READER_STALLED", message)
+}
+
+#[cfg(test)]
+mod tests;
