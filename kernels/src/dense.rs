@@ -78,6 +78,13 @@ impl Cpu {
             return;
         }
         let (m, n, k) = (a.rows, b.cols, a.cols);
+        if k == 0 {
+            // An empty sum: no task below would write it.
+            if !accumulate {
+                c.fill(0.0);
+            }
+            return;
+        }
         let panels = n.div_ceil(PANEL);
         let size = panels * k * PANEL;
         PANELS.with_borrow_mut(|packed| {
@@ -142,13 +149,7 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// Rows times panels of C.
-    fn run(
-        &self,
-        isa: Isa,
-        rows: std::ops::Range<usize>,
-        panels: std::ops::Range<usize>,
-        out: &RowsMut<'_, f32>,
-    ) {
+    fn run(&self, isa: Isa, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>, out: &RowsMut<'_, f32>) {
         for from in (0..self.k).step_by(DEPTH) {
             let depth = DEPTH.min(self.k - from);
             if self.strides.0 != 1 {

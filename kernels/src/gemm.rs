@@ -5,10 +5,10 @@
 
 mod tile;
 
-use crate::pack::{Lines, PANEL, Packed, Panels};
-use crate::rows::RowsMut;
 use crate::Cpu;
 use crate::kv::Element;
+use crate::pack::{Lines, PANEL, Packed, Panels};
+use crate::rows::RowsMut;
 use half::bf16;
 use std::cell::RefCell;
 use tile::{Input, Tile, finish, product};
@@ -117,4 +117,3 @@ fn with_input<R>(x: &[f32], w: &Packed, run: impl FnOnce(Input<'_>) -> R) -> R {
         run(Input::Pairs(&pairs.as_slice()[..rows * half_k]))
     })
 }
-

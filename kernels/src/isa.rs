@@ -67,7 +67,8 @@ impl Isa {
         Self::ALL.into_iter().filter(|isa| isa.supported()).collect()
     }
 
-    fn supported(self) -> bool {
+    /// Whether this host has it.
+    pub(crate) fn supported(self) -> bool {
         match self {
             Isa::Portable => true,
             #[cfg(target_arch = "x86_64")]
@@ -118,5 +119,13 @@ mod tests {
         assert_eq!(Isa::named("sse9"), Err(IsaError::Unknown("sse9".into())));
         let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };
         assert!(matches!(Isa::named(foreign), Err(IsaError::Unsupported(..))));
+    }
+
+    /// What makes the kernels' safe interface sound: their instructions are reached through a [`crate::Cpu`] only.
+    #[test]
+    #[should_panic(expected = "cannot run")]
+    fn an_isa_of_another_host_is_refused() {
+        let foreign = if cfg!(target_arch = "x86_64") { Isa::Neon } else { Isa::Avx2 };
+        crate::Cpu::new(foreign, 1);
     }
 }

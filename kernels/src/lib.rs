@@ -52,7 +52,11 @@ pub struct Cpu {
 
 impl Cpu {
     /// Kernels of `isa` on `threads` threads (at least 1).
+    ///
+    /// # Panics
+    /// This host cannot run `isa`: only what [`Isa::available`] lists may be named.
     pub fn new(isa: Isa, threads: usize) -> Cpu {
+        assert!(isa.supported(), "this host cannot run the {} kernels", isa.name());
         Cpu { isa, pool: Pool::new(threads) }
     }
 

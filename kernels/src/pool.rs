@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Polls before a waiting thread parks (about 50 microseconds); none where threads exceed cores.
+/// Polls before a waiting thread, the caller included, parks (about 50 microseconds); none where threads exceed cores.
 const SPINS_MAX: u32 = 2_000;
 
 type Task<'a> = dyn Fn(usize) + Sync + 'a;
@@ -30,7 +30,12 @@ struct Shared {
     panicked: AtomicBool,
     stop: AtomicBool,
     sleeping: Mutex<usize>,
+    /// Tells parked workers of a new generation, or of the end.
     wake: Condvar,
+    /// Set while the caller parks until `busy` is zero.
+    caller_parked: AtomicBool,
+    /// Tells the parked caller that `busy` is zero.
+    done: Condvar,
     spins: u32,
 }
 
@@ -64,6 +69,8 @@ impl Pool {
             stop: AtomicBool::new(false),
             sleeping: Mutex::new(0),
             wake: Condvar::new(),
+            caller_parked: AtomicBool::new(false),
+            done: Condvar::new(),
             spins: if threads <= cores { SPINS_MAX } else { 0 },
         });
         let workers = (1..threads)
@@ -101,11 +108,7 @@ impl Pool {
             shared.wake.notify_all();
         }
         let caught = catch_unwind(AssertUnwindSafe(|| shared.take_iterations()));
-        let mut spins = 0u32;
-        while shared.busy.load(Ordering::Acquire) > 0 {
-            spins += 1;
-            if spins > shared.spins { std::thread::yield_now() } else { std::hint::spin_loop() }
-        }
+        shared.wait_for_workers();
         let panicked = shared.panicked.swap(false, Ordering::Relaxed);
         drop(turn);
         match caught {
@@ -140,8 +143,29 @@ impl Shared {
             if catch_unwind(AssertUnwindSafe(|| self.take_iterations())).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
-            self.busy.fetch_sub(1, Ordering::Release);
+            // The last worker lowers `busy`, then looks at `caller_parked`; the caller does the reverse. In one order
+            // of all four at least one sees the other, and the lock keeps the notice until the caller waits for it.
+            if self.busy.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_parked.load(Ordering::SeqCst) {
+                drop(lock(&self.sleeping));
+                self.done.notify_one();
+            }
         }
+    }
+
+    /// Returns when every worker has finished the present generation.
+    fn wait_for_workers(&self) {
+        for _ in 0..self.spins {
+            if self.busy.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let mut sleeping = lock(&self.sleeping);
+        self.caller_parked.store(true, Ordering::SeqCst);
+        while self.busy.load(Ordering::SeqCst) > 0 {
+            sleeping = self.done.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.caller_parked.store(false, Ordering::SeqCst);
     }
 
     /// The next generation after `seen`, or `None` when the pool stops.
@@ -237,6 +261,24 @@ mod tests {
             }
         });
         assert_eq!(total.into_inner(), 4 * 200 * 15);
+    }
+
+    /// A caller whose own share ends long before the workers' parks, and is woken.
+    #[test]
+    fn a_caller_that_waits_for_slow_workers_wakes() {
+        for threads in [2, 5] {
+            let pool = Pool::new(threads);
+            let caller = std::thread::current().id();
+            let total = AtomicUsize::new(0);
+            for _ in 0..50 {
+                pool.run(threads, &|_| {
+                    let rounds = if std::thread::current().id() == caller { 0 } else { 200_000 };
+                    (0..rounds).for_each(|_| std::hint::spin_loop());
+                    total.fetch_add(1, Ordering::Relaxed);
+                });
+            }
+            assert_eq!(total.into_inner(), 50 * threads);
+        }
     }
 
     #[test]

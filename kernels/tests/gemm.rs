@@ -1,5 +1,5 @@
 //! Products against the f64 definition, and bit for bit against themselves.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use proptest::prelude::*;
 use std::hint::black_box;
@@ -42,7 +42,8 @@ fn agreement(m: usize, n: usize, k: usize, dtype: WeightType, seed: u64) {
         let what = format!("{} {dtype:?} m {m} n {n} k {k}", isa.name());
         let cpu = Cpu::new(isa, 2);
         let packed = cpu.pack(n, k, &w, dtype);
-        let seen_w: Vec<f32> = if dtype == WeightType::Bf16 { w.iter().copied().map(bf16).collect() } else { w.clone() };
+        let seen_w: Vec<f32> =
+            if dtype == WeightType::Bf16 { w.iter().copied().map(bf16).collect() } else { w.clone() };
         let rounds_x = dtype == WeightType::Bf16 && isa.has_bf16_dot();
         let seen_x: Vec<f32> = if rounds_x { x.iter().copied().map(bf16).collect() } else { x.clone() };
         let want = product(&seen_x, &seen_w, n, k);
@@ -55,7 +56,7 @@ fn agreement(m: usize, n: usize, k: usize, dtype: WeightType, seed: u64) {
         cpu.gemm(&x, &packed, Epilogue::Bias(&bias), &mut out);
         let biased: Vec<f64> = want.iter().enumerate().map(|(i, y)| y + f64::from(bias[i % n])).collect();
         close(&out, &biased, k, &what);
-        if n % 2 == 0 {
+        if n.is_multiple_of(2) {
             let mut gated = vec![0.0; m * n / 2];
             cpu.gemm(&x, &packed, Epilogue::SiluMul, &mut gated);
             let silu = |g: f64| g / (1.0 + (-g).exp());
@@ -66,7 +67,9 @@ fn agreement(m: usize, n: usize, k: usize, dtype: WeightType, seed: u64) {
 
 #[test]
 fn edge_shapes_agree_with_the_definition() {
-    for (m, n, k) in [(1, 1, 1), (1, 33, 7), (3, 31, 2), (8, 64, 64), (9, 96, 65), (17, 130, 300), (64, 40, 33), (5, 2, 1)] {
+    for (m, n, k) in
+        [(1, 1, 1), (1, 33, 7), (3, 31, 2), (8, 64, 64), (9, 96, 65), (17, 130, 300), (64, 40, 33), (5, 2, 1)]
+    {
         for dtype in [WeightType::F32, WeightType::Bf16] {
             agreement(m, n, k, dtype, (m * n * k) as u64);
         }
@@ -138,36 +141,77 @@ proptest! {
     }
 }
 
-/// Not a test of anything but speed: prints GFLOP/s of the median run.
+#[test]
+fn empty_products_are_empty_sums() {
+    let cpu = Cpu::new(Isa::Portable, 2);
+    let (a, b) = (MatRef::new(&[], 3, 0), MatRef::new(&[], 0, 2));
+    let mut c = vec![7.0; 6];
+    cpu.matmul(a, b, &mut c, true);
+    assert_eq!(c, [7.0; 6]);
+    cpu.matmul(a, b, &mut c, false);
+    assert_eq!(c, [0.0; 6]);
+    for dtype in [WeightType::F32, WeightType::Bf16] {
+        cpu.gemm(&[], &cpu.pack(2, 3, &[1.0; 6], dtype), Epilogue::Store, &mut []);
+    }
+}
+
+/// The best and the median of 101 runs, in seconds: the best is what other programs disturb least.
+fn time(mut run: impl FnMut()) -> (f64, f64) {
+    let mut times: Vec<f64> = (0..101)
+        .map(|_| {
+            let start = Instant::now();
+            run();
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    (times[0], times[50])
+}
+
+/// Not a test of anything but speed: prints GFLOP/s of the best and of the median run.
 #[test]
 #[ignore = "prints speeds: run with --release -- --ignored --nocapture"]
 fn speeds() {
-    let isa = *Isa::available().last().unwrap();
-    let cpu = Cpu::new(isa, std::thread::available_parallelism().unwrap().get());
-    let median = |mut run: Box<dyn FnMut() + '_>| {
-        let mut times: Vec<f64> = (0..31).map(|_| { let t = Instant::now(); run(); t.elapsed().as_secs_f64() }).collect();
-        times.sort_by(f64::total_cmp);
-        times[15]
+    let isa = Isa::detect().unwrap();
+    let cores = std::thread::available_parallelism().unwrap().get();
+    for threads in [1, cores] {
+        let cpu = Cpu::new(isa, threads);
+        println!("{}, {threads} threads: best (median) GFLOP/s", isa.name());
+        for dtype in [WeightType::F32, WeightType::Bf16] {
+            for m in [1, 4, 16, 64, 256] {
+                gemm_speed(&cpu, m, 4096, 1024, dtype);
+            }
+        }
+        for (m, n, k) in [(4096, 512, 192), (4096, 192, 512), (192, 512, 4096), (8192, 1024, 256)] {
+            for (flip_a, flip_b) in [(false, false), (false, true), (true, false)] {
+                matmul_speed(&cpu, (1, m, n, k), flip_a, flip_b);
+            }
+        }
+        matmul_speed(&cpu, (64, 512, 512, 32), false, true);
+        matmul_speed(&cpu, (64, 512, 32, 512), false, false);
+    }
+}
+
+fn gemm_speed(cpu: &Cpu, m: usize, n: usize, k: usize, dtype: WeightType) {
+    let (x, w) = (numbers(1, m * k), numbers(2, n * k));
+    let packed = cpu.pack(n, k, &w, dtype);
+    let mut out = vec![0.0; m * n];
+    let (best, median) = time(|| cpu.gemm(black_box(&x), &packed, Epilogue::Store, &mut out));
+    let (work, bytes) = (2.0 * (m * n * k) as f64 / 1e9, packed.bytes() as f64 / 1e9);
+    println!("gemm {dtype:?} {m}x{n}x{k}: {:.1} ({:.1}), weights {:.1} GB/s", work / best, work / median, bytes / best);
+}
+
+fn matmul_speed(cpu: &Cpu, (batch, m, n, k): (usize, usize, usize, usize), flip_a: bool, flip_b: bool) {
+    let (a, b) = (numbers(1, batch * m * k), numbers(2, batch * n * k));
+    let mut c = vec![0.0; batch * m * n];
+    let a = MatRef { data: &a, batch, rows: m, cols: k, transposed: flip_a };
+    let b = MatRef { data: &b, batch, rows: k, cols: n, transposed: flip_b };
+    let (best, median) = time(|| cpu.matmul(black_box(a), b, &mut c, false));
+    let work = 2.0 * (batch * m * n * k) as f64 / 1e9;
+    let stored = match (flip_a, flip_b) {
+        (false, false) => "A B",
+        (true, false) => "A^T B",
+        _ => "A B^T",
     };
-    for dtype in [WeightType::F32, WeightType::Bf16] {
-        for m in [1, 4, 16, 64, 256] {
-            let (n, k) = (4096, 1024);
-            let (x, w) = (numbers(1, m * k), numbers(2, n * k));
-            let packed = cpu.pack(n, k, &w, dtype);
-            let mut out = vec![0.0; m * n];
-            let time = median(Box::new(|| cpu.gemm(black_box(&x), &packed, Epilogue::Store, &mut out)));
-            let (flops, bytes) = (2.0 * (m * n * k) as f64, packed.bytes() as f64);
-            println!("gemm {dtype:?} {m}x{n}x{k}: {:.1} GFLOP/s, {:.1} GB/s", flops / time / 1e9, bytes / time / 1e9);
-        }
-    }
-    for (m, n, k) in [(4096, 512, 192), (4096, 192, 512), (512, 192, 4096), (8192, 1024, 256), (1024, 256, 8192)] {
-        let (a, b) = (numbers(1, m * k), numbers(2, n * k));
-        let mut c = vec![0.0; m * n];
-        for (flip_a, flip_b) in [(false, false), (false, true), (true, false)] {
-            let a = MatRef { data: &a, batch: 1, rows: m, cols: k, transposed: flip_a };
-            let b = MatRef { data: &b, batch: 1, rows: k, cols: n, transposed: flip_b };
-            let time = median(Box::new(|| cpu.matmul(black_box(a), b, &mut c, false)));
-            println!("matmul {m}x{n}x{k} {flip_a} {flip_b}: {:.1} GFLOP/s", 2.0 * (m * n * k) as f64 / time / 1e9);
-        }
-    }
+    println!("matmul {batch}x{m}x{n}x{k} {stored}: {:.1} ({:.1})", work / best, work / median);
 }

@@ -1,1 +1,227 @@
-//! Measured quality of a model on held-out tasks.
+//! Quality of a model: how often it writes programs that pass their tests, and in how few passes.
+
+use crate::tasks::verify::{Limits, Outcome, Program, run};
+use crate::tasks::Task;
+use anyhow::{Context, ensure};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+use unmask_engine::policy::{Comparison, Policy};
+use unmask_engine::{Engine, Event, Limits as EngineLimits, Model, Request, RequestId, Sampling, Settings};
+use unmask_text::{Specials, Tokenizer};
+
+/// Longest answer (tokens).
+const MAX_TOKENS: u32 = 256;
+/// Requests in the engine at once.
+const ACTIVE_MAX: usize = 64;
+/// Two-sided 95% of the normal distribution.
+const Z_95: f64 = 1.96;
+
+/// A way to decode.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Point {
+    /// Positions decoded together; 1 is autoregressive.
+    pub block_size: u32,
+    /// Confidence threshold.
+    pub threshold: f32,
+}
+
+impl Point {
+    /// The autoregressive baseline.
+    pub const AUTOREGRESSIVE: Point = Point { block_size: 1, threshold: 1.0 };
+
+    fn policy(self) -> Policy {
+        if self.block_size == 1 {
+            return Policy::Autoregressive;
+        }
+        Policy::Threshold { tau: self.threshold, comparison: Comparison::Strict, quota_steps: None }
+    }
+}
+
+/// One measured row of `quality.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Row {
+    /// "threshold" or "autoregressive".
+    pub policy: String,
+    /// Positions decoded together.
+    pub block_size: u32,
+    /// Confidence threshold; absent for the baseline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f32>,
+    /// Type of the weights.
+    pub dtype: String,
+    /// Tasks.
+    pub n: usize,
+    /// Share of tasks whose tests pass.
+    pub pass_rate: f64,
+    /// Lower end of its 95% interval (Wilson 1927).
+    pub pass_rate_low: f64,
+    /// Share of programs that Python can parse.
+    pub parse_rate: f64,
+    /// Committed tokens per pass.
+    pub tpf: f64,
+}
+
+/// What a model directory says of its quality.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quality {
+    /// "unmask.quality/1"
+    pub format: String,
+    /// How the rows were measured.
+    pub command: String,
+    /// One per way to decode.
+    pub rows: Vec<Row>,
+}
+
+/// Answers of one prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// What follows the prompt.
+    pub text: String,
+    /// Its tokens.
+    pub tokens: u32,
+    /// Passes it took.
+    pub passes: u32,
+}
+
+/// Reads tasks in HumanEval's format, one JSON object per line.
+///
+/// # Errors
+/// The file cannot be read, or a line is malformed (with its number).
+pub fn read_tasks(path: &Path) -> anyhow::Result<Vec<Task>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let parse = |(i, line)| serde_json::from_str(line).with_context(|| format!("{}:{}", path.display(), i + 1));
+    text.lines().filter(|line| !line.is_empty()).enumerate().map(parse).collect()
+}
+
+/// The tokenizer of a model's folder.
+///
+/// # Errors
+/// Files are missing or unusable.
+pub fn tokenizer(dir: &Path) -> anyhow::Result<Tokenizer> {
+    let path = dir.join("tokenizer.json");
+    let json = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(Tokenizer::from_files(&json, None, None)?)
+}
+
+/// Completes prompts greedily, many at a time; answers in order.
+///
+/// # Errors
+/// A prompt is empty or too long for the model.
+pub fn complete(
+    model: &Arc<Model>,
+    tokenizer: &Tokenizer,
+    prompts: &[String],
+    point: Point,
+    mut done: impl FnMut(usize),
+) -> anyhow::Result<Vec<Answer>> {
+    let limits = EngineLimits { active_max: ACTIVE_MAX, queue_max: prompts.len().max(1), ..EngineLimits::default() };
+    let mut engine = Engine::new(Arc::clone(model), limits);
+    for (index, prompt) in prompts.iter().enumerate() {
+        let settings = Settings {
+            max_tokens: MAX_TOKENS,
+            block_size: point.block_size,
+            policy: point.policy(),
+            sampling: Sampling::GREEDY,
+            stop_ids: Vec::new(),
+            nfe_cap: 0,
+            ends: None,
+        };
+        engine
+            .submit(Request {
+                id: RequestId(index as u64),
+                prompt: tokenizer.encode(prompt, Specials::AsText, false)?,
+                settings,
+                committed: Vec::new(),
+                passes_used: 0,
+                drafts: false,
+                priority: 0,
+                raw: false,
+            })
+            .with_context(|| format!("prompt {index}"))?;
+    }
+    let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
+    let mut passes = vec![0; prompts.len()];
+    let mut events = Vec::new();
+    let mut finished = 0;
+    while engine.has_work() {
+        engine.step(&mut events);
+        for event in events.drain(..) {
+            let index = event.id().0 as usize;
+            match event {
+                Event::Commit { tokens: fresh, .. } => tokens[index].extend(fresh),
+                Event::Finished { nfe, .. } => {
+                    passes[index] = nfe;
+                    finished += 1;
+                    done(finished);
+                }
+                _ => {}
+            }
+        }
+    }
+    let answer = |(ids, passes): (Vec<u32>, u32)| Answer {
+        text: tokenizer.decode(&ids, true),
+        tokens: ids.len() as u32,
+        passes,
+    };
+    Ok(tokens.into_iter().zip(passes).map(answer).collect())
+}
+
+/// Measures one way to decode over `tasks`.
+///
+/// # Errors
+/// A prompt does not fit the model, or Python cannot be run.
+pub fn measure(
+    model: &Arc<Model>,
+    tokenizer: &Tokenizer,
+    tasks: &[Task],
+    point: Point,
+    done: impl FnMut(usize),
+) -> anyhow::Result<Row> {
+    ensure!(!tasks.is_empty(), "there are no tasks to measure on");
+    let prompts: Vec<String> = tasks.iter().map(|task| task.prompt.clone()).collect();
+    let answers = complete(model, tokenizer, &prompts, point, done)?;
+    let programs: Vec<Program> = tasks.iter().zip(&answers).map(|(task, a)| Program::of(task, &a.text)).collect();
+    let passed = count(&run(&programs, &Limits::default())?);
+    let sources = prompts.iter().zip(&answers).map(|(prompt, a)| Program::parsing(&format!("{prompt}{}", a.text)));
+    let parsed = count(&run(&sources.collect::<Vec<_>>(), &Limits::default())?);
+    let (tokens, passes) = answers.iter().fold((0, 0), |(t, p), a| (t + a.tokens, p + a.passes));
+    let autoregressive = point.block_size == 1;
+    Ok(Row {
+        policy: if autoregressive { "autoregressive" } else { "threshold" }.into(),
+        block_size: point.block_size,
+        threshold: (!autoregressive).then_some(point.threshold),
+        dtype: model.dtype().name().into(),
+        n: tasks.len(),
+        pass_rate: passed as f64 / tasks.len() as f64,
+        pass_rate_low: wilson_low(passed, tasks.len()),
+        parse_rate: parsed as f64 / tasks.len() as f64,
+        tpf: f64::from(tokens) / f64::from(passes.max(1)),
+    })
+}
+
+fn count(outcomes: &[Outcome]) -> usize {
+    outcomes.iter().filter(|outcome| **outcome == Outcome::Passed).count()
+}
+
+/// Lower end of the 95% interval of a share (Wilson 1927).
+fn wilson_low(passed: usize, n: usize) -> f64 {
+    let (n, p) = (n as f64, passed as f64 / n as f64);
+    let centre = p + Z_95 * Z_95 / (2.0 * n);
+    let spread = Z_95 * (p * (1.0 - p) / n + Z_95 * Z_95 / (4.0 * n * n)).sqrt();
+    ((centre - spread) / (1.0 + Z_95 * Z_95 / n)).max(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interval_is_wilsons() {
+        assert!((wilson_low(60, 60) - 0.9398).abs() < 1e-3);
+        assert!((wilson_low(50, 100) - 0.4038).abs() < 1e-3);
+        assert_eq!(wilson_low(0, 10), 0.0);
+    }
+}

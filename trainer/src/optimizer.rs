@@ -8,9 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     model::{Kind, ModelShape, Segment},
     ops::{
-        gemm::{Packing, View, gemm},
-        math,
-        with_floats,
+        math, matrix, product, with_floats,
     },
 };
 
@@ -185,27 +183,26 @@ impl Part<'_> {
 
 /// Replaces a (rows, columns) matrix by about `U V^T` of its singular value decomposition: the quintic Newton-Schulz
 /// iteration of Muon.
-fn orthogonalize(matrix: &mut [f32], rows: usize, columns: usize) {
+fn orthogonalize(x: &mut [f32], rows: usize, columns: usize) {
     let (a, b, c) = (3.4445f32, -4.775f32, 2.0315f32);
-    let norm = matrix.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt() as f32 + 1e-12;
-    matrix.iter_mut().for_each(|x| *x /= norm);
-    let p = &mut Packing::default();
-    let wide = rows <= columns;
+    let norm = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt() as f32 + 1e-12;
+    x.iter_mut().for_each(|x| *x /= norm);
     let side = rows.min(columns);
-    let (mut gram, mut square) = (vec![0.0f32; side * side], vec![0.0f32; side * side]);
-    let mut next = vec![0.0f32; matrix.len()];
+    let (mut gram, mut polynomial) = (vec![0.0f32; side * side], vec![0.0f32; side * side]);
+    let mut next = vec![0.0f32; x.len()];
     for _ in 0..ORTHOGONALIZE_STEPS {
-        let (plain, transposed) = (View::rows(matrix, columns), View::transposed(matrix, columns));
-        let (left, right) = if wide { (plain, transposed) } else { (transposed, plain) };
-        gemm((side, side, rows.max(columns)), left, right, &mut gram, side, false, p);
-        gemm((side, side, side), View::rows(&gram, side), View::rows(&gram, side), &mut square, side, false, p);
-        for (square, gram) in square.iter_mut().zip(&gram) {
-            *square = b * gram + c * *square;
+        let plain = matrix(x, columns);
+        let (left, right) = if rows <= columns { (plain, plain.t()) } else { (plain.t(), plain) };
+        product(left, right, &mut gram, false);
+        let square = matrix(&gram, side);
+        product(square, square, &mut polynomial, false);
+        for (p, gram) in polynomial.iter_mut().zip(&gram) {
+            *p = b * gram + c * *p;
         }
-        let polynomial = View::rows(&square, side);
-        let (left, right) = if wide { (polynomial, plain) } else { (plain, polynomial) };
-        gemm((rows, columns, side), left, right, &mut next, columns, false, p);
-        for (x, y) in matrix.iter_mut().zip(&next) {
+        let polynomial = matrix(&polynomial, side);
+        let (left, right) = if rows <= columns { (polynomial, plain) } else { (plain, polynomial) };
+        product(left, right, &mut next, false);
+        for (x, y) in x.iter_mut().zip(&next) {
             *x = a * *x + y;
         }
     }

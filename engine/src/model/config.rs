@@ -1,9 +1,10 @@
 //! A checkpoint's configuration: family defaults, then its files, then the user's overrides; each value with its origin.
 
 use super::json::{Reader, ids, read_object};
+use super::tokens::{Tokens, VOCABULARY_MIN, eos_ids, infill};
 use super::{Family, LoadError, Reach};
 use crate::policy::{Comparison, Policy};
-use crate::request::BLOCK_SIZE_MAX;
+use crate::request::{BLOCK_SIZE_MAX, POSITIONS_MAX};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -11,6 +12,8 @@ use unmask_kernels::HeadShape;
 
 /// Largest value a size in a config may have.
 const SIZE_MAX: u64 = 1 << 24;
+/// Largest head the kernels take.
+const HEAD_DIM_MAX: u64 = 256;
 /// Keys of our own checkpoints; any other is an error there.
 const OWN_KEYS: [&str; 26] = [
     "architectures",
@@ -112,13 +115,15 @@ pub struct ModelConfig {
     pub rms_eps: f32,
     /// Base of the rotary angles.
     pub rope_theta: f64,
+    /// Leading elements of a head that rotate.
+    pub rotary_dim: u32,
     /// Whether heads of q and k are normalised.
     pub qk_norm: bool,
     /// Whether q, k and v have biases.
     pub qkv_bias: bool,
     /// Whether the head is the embedding.
     pub tied: bool,
-    /// Most positions.
+    /// Most positions, at most [`POSITIONS_MAX`].
     pub context_length: u32,
     /// Block sizes the model was trained for, ascending; empty for autoregressive models.
     pub block_sizes: Vec<u32>,
@@ -199,25 +204,23 @@ fn resolve(
     refuse_what_is_not_implemented(r, family);
     let hidden = r.count("hidden_size", 1, SIZE_MAX, None) as u32;
     let heads = head_shape(r, u64::from(hidden));
-    let vocab_rows = r.count("vocab_size", 1, SIZE_MAX, None) as u32;
-    let rope = r.value("rope_parameters").or_else(|| r.value("rope_scaling")).and_then(|p| p.get("rope_theta"));
-    let rope = r.value("rope_theta").or(rope);
-    let rope_theta = r.number("rope_theta", rope);
+    let vocab_rows = r.count("vocab_size", VOCABULARY_MIN, SIZE_MAX, None) as u32;
+    let (rope_theta, rotary_dim) = rotary(r, heads.head_dim);
     let eps = r.value("rms_norm_eps");
     let rms_eps = r.number("rms_norm_eps", eps) as f32;
-    let context_length = r.count("max_position_embeddings", 1, SIZE_MAX, None) as u32;
-    let mask_id = mask_id(r, family, tokenizer, overrides, vocab_rows);
+    let context_length = context_length(r);
+    let tokenizer_size = tokenizer.usable(r, vocab_rows);
+    let mask_id = tokenizer.mask_id(r, family, overrides, vocab_rows);
     let block_sizes = block_sizes(r, family, overrides);
     let eos_ids = eos_ids(r, generation, vocab_rows);
-    let qkv_bias = family.qkv_bias || r.flag("attention_bias", false);
+    let qkv_bias = qkv_bias(r, family);
+    r.note("qk_norm", family.qk_norm, "family default");
     r.note("open_reach", family.open_reach.name(), "family default");
     r.note("kept_reach", family.kept_reach.name(), "family default");
     r.note("shift", family.shift, "family default");
-    let infill = own(r, "infill");
+    let infill = infill(r, vocab_rows);
+    let edit = edit(r);
     let decode = decode_defaults(r, &block_sizes);
-    let edit = r.value("edit").is_some_and(|edit| edit != "none");
-    let tokenizer_size = if tokenizer.size == 0 { vocab_rows } else { tokenizer.size.min(vocab_rows) };
-    r.note("tokenizer_size", tokenizer_size, if tokenizer.size == 0 { "config.json" } else { "tokenizer" });
     ModelConfig {
         name: name(r, dir),
         architecture: r.object.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str).unwrap_or("").into(),
@@ -230,6 +233,7 @@ fn resolve(
         tokenizer_size,
         rms_eps,
         rope_theta,
+        rotary_dim,
         qk_norm: family.qk_norm,
         qkv_bias,
         tied: r.flag("tie_word_embeddings", false),
@@ -258,26 +262,97 @@ fn refuse_what_is_not_implemented(r: &mut Reader<'_>, family: Family) {
     if r.value("hidden_act").is_some_and(|act| act != "silu") {
         r.problem("hidden_act must be silu: other activations are not implemented");
     }
-    let scaled = |p: &Value| p.get("rope_type").or_else(|| p.get("type")).is_some_and(|kind| kind != "default");
-    if ["rope_scaling", "rope_parameters"].iter().any(|key| r.value(key).is_some_and(scaled)) {
-        r.problem("rope_scaling: scaled rotary angles are not implemented");
-    }
     if r.value("use_sliding_window") == Some(&Value::Bool(true)) {
         r.problem("use_sliding_window: sliding windows are not implemented");
+    }
+    let layer_types = r.value("layer_types").and_then(Value::as_array);
+    if layer_types.is_some_and(|types| types.iter().any(|kind| kind != "full_attention")) {
+        r.problem("layer_types: only full_attention is implemented");
     }
     if r.value("mlp_bias") == Some(&Value::Bool(true)) {
         r.problem("mlp_bias: biases of the feed-forward part are not implemented");
     }
     if family.name() == "unmask" {
-        let unknown: Vec<&String> = r.object.keys().filter(|key| !OWN_KEYS.contains(&key.as_str())).collect();
-        for key in unknown {
-            r.problems.push(format!("{key} is unknown"));
+        refuse_what_own_checkpoints_lack(r, family);
+    }
+}
+
+/// Our own format is closed: a key we do not know is a mistake, and facts of the family can only be repeated.
+fn refuse_what_own_checkpoints_lack(r: &mut Reader<'_>, family: Family) {
+    let unknown: Vec<&String> = r.object.keys().filter(|key| !OWN_KEYS.contains(&key.as_str())).collect();
+    for key in unknown {
+        r.problems.push(format!("{key} is unknown"));
+    }
+    for (key, reach) in [("kept_reach", family.kept_reach), ("open_reach", family.open_reach)] {
+        let named = r.value(key).and_then(Value::as_str).and_then(Reach::from_name);
+        if r.value(key).is_some() && named != Some(reach) {
+            r.problem(format!("{key} must be {}", reach.name()));
         }
-        for (key, reach) in [("kept_reach", family.kept_reach), ("open_reach", family.open_reach)] {
-            let named = r.value(key).and_then(Value::as_str).and_then(Reach::from_name);
-            if r.value(key).is_some() && named != Some(reach) {
-                r.problem(format!("{key} must be {}", reach.name()));
+    }
+    if r.value("shift").is_some_and(|shift| shift != family.shift) {
+        r.problem(format!("shift must be {}", family.shift));
+    }
+}
+
+/// Base of the angles and number of rotating elements, in the older spelling (top level) or the newer one
+/// (`rope_parameters`). Anything that would scale the angles is refused.
+fn rotary(r: &mut Reader<'_>, head_dim: usize) -> (f64, u32) {
+    let mut nested = None;
+    for key in ["rope_parameters", "rope_scaling"] {
+        match r.value(key) {
+            Some(Value::Object(object)) => {
+                for (name, value) in object {
+                    match name.as_str() {
+                        "rope_theta" | "partial_rotary_factor" => {}
+                        "rope_type" | "type" if value == "default" => {}
+                        _ => r.problem(format!("{key}.{name}: scaled rotary angles are not implemented")),
+                    }
+                }
+                nested = nested.or(Some(object));
             }
+            Some(_) => r.problem(format!("{key} must be an object or null")),
+            None => {}
+        }
+    }
+    let either = |key: &str| r.value(key).or_else(|| nested?.get(key).filter(|value| !value.is_null()));
+    let (theta, factor) = (either("rope_theta"), either("partial_rotary_factor"));
+    let theta = r.number("rope_theta", theta);
+    let factor = factor.map_or(1.0, |factor| r.number("partial_rotary_factor", Some(factor)));
+    let rotary_dim = (head_dim as f64 * factor) as u32;
+    if factor > 1.0 || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+        let needs = "must leave an even number of rotating elements, at most head_dim";
+        r.problem(format!("partial_rotary_factor {needs}: {factor} of {head_dim} are {rotary_dim}"));
+    }
+    (theta, rotary_dim)
+}
+
+/// Longer contexts than any request may have would only cost tables.
+fn context_length(r: &mut Reader<'_>) -> u32 {
+    let positions = r.count("max_position_embeddings", 1, SIZE_MAX, None) as u32;
+    if positions > POSITIONS_MAX {
+        r.note("context_length", POSITIONS_MAX, "limit of this program");
+    }
+    positions.min(POSITIONS_MAX)
+}
+
+fn qkv_bias(r: &mut Reader<'_>, family: Family) -> bool {
+    if family.qkv_bias {
+        r.note("qkv_bias", true, "family default");
+        return true;
+    }
+    r.flag("attention_bias", false)
+}
+
+fn edit(r: &mut Reader<'_>) -> bool {
+    match r.value("edit") {
+        None => false,
+        Some(Value::String(kind)) => {
+            r.note("edit", kind, "config.json");
+            kind != "none"
+        }
+        Some(value) => {
+            r.problem(format!("edit must be a kind of edits, or \"none\", is {value}"));
+            false
         }
     }
 }
@@ -285,44 +360,27 @@ fn refuse_what_is_not_implemented(r: &mut Reader<'_>, family: Family) {
 fn head_shape(r: &mut Reader<'_>, hidden: u64) -> HeadShape {
     let heads = r.count("num_attention_heads", 1, 4096, None);
     let kv_heads = r.count("num_key_value_heads", 1, 4096, Some((heads, "family default")));
-    let head_dim = r.count("head_dim", 2, 256, Some((hidden / heads, "family default")));
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         r.problem(format!("num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"));
     }
-    if head_dim % 2 != 0 || head_dim == 0 {
-        r.problem(format!("head_dim must be even, is {head_dim}"));
+    let sizes_known = r.value("hidden_size").is_some() && r.value("num_attention_heads").is_some();
+    if r.value("head_dim").is_none() && sizes_known && !hidden.is_multiple_of(heads) {
+        r.problem(format!("head_dim is missing, and hidden_size ({hidden}) is no multiple of the {heads} heads"));
+    }
+    // Where a size is missing, that is the problem to report, not what follows from it.
+    let shared = if sizes_known { hidden / heads } else { 2 };
+    let head_dim = r.count("head_dim", 2, HEAD_DIM_MAX, Some((shared, "family default")));
+    if head_dim == 0 || head_dim > HEAD_DIM_MAX || !head_dim.is_multiple_of(2) {
+        r.problem(format!("head_dim must be even and at most {HEAD_DIM_MAX}, is {head_dim}"));
     }
     HeadShape { heads: heads as usize, kv_heads: kv_heads as usize, head_dim: head_dim as usize }
 }
 
-fn mask_id(
-    r: &mut Reader<'_>,
-    family: Family,
-    tokenizer: &Tokens,
-    overrides: &Overrides,
-    vocab_rows: u32,
-) -> Option<u32> {
-    let token = family.mask_token?;
-    let configured = r.value("mask_token_id").and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok());
-    let by_text = tokenizer.added.get(token).and_then(Value::as_u64).map(|id| id as u32);
-    let (id, origin) = match (overrides.mask_id, configured, by_text) {
-        (Some(id), ..) => (id, "override"),
-        (_, Some(id), _) => (id, "config.json"),
-        (_, _, Some(id)) => (id, "tokenizer"),
-        _ => {
-            r.problem(format!("mask_token_id is missing, and the tokenizer has no {token}: override it"));
-            return None;
-        }
-    };
-    if id >= vocab_rows {
-        r.problem(format!("mask_token_id {id} is outside the vocabulary of {vocab_rows}"));
-    }
-    r.note("mask_token_id", id, origin);
-    Some(id)
-}
-
 fn block_sizes(r: &mut Reader<'_>, family: Family, overrides: &Overrides) -> Vec<u32> {
     if !family.diffuses() {
+        if overrides.block_size.is_some() {
+            r.problem(format!("the override of block_size: {} models decode one position at a time", family.name()));
+        }
         return Vec::new();
     }
     let own = r.value("block_sizes").or_else(|| r.value("block_size")).or_else(|| r.value("block_length"));
@@ -341,42 +399,8 @@ fn block_sizes(r: &mut Reader<'_>, family: Family, overrides: &Overrides) -> Vec
     sizes
 }
 
-fn eos_ids(r: &mut Reader<'_>, generation: &Map<String, Value>, vocab_rows: u32) -> Vec<u32> {
-    let listed = generation.get("eos_token_id").filter(|value| !value.is_null());
-    let (value, origin) = match listed {
-        Some(value) => (Some(value), "generation_config.json"),
-        None => (r.value("eos_token_id"), "config.json"),
-    };
-    let Some(found) = value.map(ids) else {
-        r.note("eos_token_id", "none", "family default");
-        return Vec::new();
-    };
-    let found = found.unwrap_or_else(|| {
-        r.problem("eos_token_id must be an id or a list of ids");
-        Vec::new()
-    });
-    if let Some(id) = found.iter().find(|&&id| id >= vocab_rows) {
-        r.problem(format!("eos_token_id {id} is outside the vocabulary of {vocab_rows}"));
-    }
-    r.note("eos_token_id", format!("{found:?}"), origin);
-    found
-}
-
-/// An object of our own format, checked key by key.
-fn own<T: serde::de::DeserializeOwned>(r: &mut Reader<'_>, key: &str) -> Option<T> {
-    let value = r.value(key)?.clone();
-    r.note(key, &value, "config.json");
-    match serde_json::from_value(value) {
-        Ok(parsed) => Some(parsed),
-        Err(error) => {
-            r.problem(format!("{key}: {error}"));
-            None
-        }
-    }
-}
-
 fn decode_defaults(r: &mut Reader<'_>, block_sizes: &[u32]) -> DecodeDefaults {
-    let stated: Option<DecodeDefaults> = own(r, "decode");
+    let stated: Option<DecodeDefaults> = r.own("decode");
     if let Some(decode) = stated {
         let size = decode.block_size;
         if !block_sizes.contains(&size) {
@@ -385,6 +409,12 @@ fn decode_defaults(r: &mut Reader<'_>, block_sizes: &[u32]) -> DecodeDefaults {
         for invalid in decode.policy.violations(size.max(1)) {
             r.problem(format!("decode.{invalid}"));
         }
+        if !(decode.temperature >= 0.0 && decode.temperature.is_finite()) {
+            r.problem(format!("decode.temperature must be 0 or more, is {}", decode.temperature));
+        }
+        if decode.max_tokens == 0 {
+            r.problem("decode.max_tokens must be at least 1");
+        }
         return decode;
     }
     let policy = if block_sizes.is_empty() {
@@ -392,44 +422,12 @@ fn decode_defaults(r: &mut Reader<'_>, block_sizes: &[u32]) -> DecodeDefaults {
     } else {
         Policy::Threshold { tau: 0.9, comparison: Comparison::Strict, quota_steps: None }
     };
-    let decode =
-        DecodeDefaults { block_size: block_sizes.first().copied().unwrap_or(1), policy, max_tokens: 256, temperature: 0.0 };
+    let decode = DecodeDefaults {
+        block_size: block_sizes.first().copied().unwrap_or(1),
+        policy,
+        max_tokens: 256,
+        temperature: 0.0,
+    };
     r.note("decode", format!("{policy:?}, block size {}", decode.block_size), "family default");
     decode
-}
-
-/// What the tokenizer's files say of ids, without a tokenizer.
-#[derive(Default)]
-struct Tokens {
-    /// Added tokens, text to id.
-    added: Map<String, Value>,
-    /// One past the highest id.
-    size: u32,
-}
-
-impl Tokens {
-    fn read(dir: &Path) -> Result<Tokens, LoadError> {
-        let mut tokens = Tokens::default();
-        if let Some(object) = read_object(&dir.join("tokenizer.json"))? {
-            let vocab = object.get("model").and_then(|model| model.get("vocab")).and_then(Value::as_object);
-            let highest = vocab.and_then(|vocab| vocab.values().filter_map(Value::as_u64).max());
-            tokens.size = highest.map_or(0, |id| id as u32 + 1);
-            for token in object.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
-                tokens.add(token.get("content"), token.get("id"));
-            }
-        }
-        if let Some(object) = read_object(&dir.join("tokenizer_config.json"))? {
-            for (id, token) in object.get("added_tokens_decoder").and_then(Value::as_object).into_iter().flatten() {
-                tokens.add(token.get("content"), id.parse::<u64>().ok().map(Value::from).as_ref());
-            }
-        }
-        Ok(tokens)
-    }
-
-    fn add(&mut self, content: Option<&Value>, id: Option<&Value>) {
-        if let (Some(content), Some(id)) = (content.and_then(Value::as_str), id.and_then(Value::as_u64)) {
-            self.added.insert(content.to_owned(), id.into());
-            self.size = self.size.max(id as u32 + 1);
-        }
-    }
 }

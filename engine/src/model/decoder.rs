@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use unmask_kernels::{
-    Bans, Cpu, Draw, EmbeddingTable, Epilogue, Isa, KvCache, KvType, Packed, QkNorm, Record, Rotary, RowTable, WeightType,
+    Bans, Cpu, Draw, EmbeddingTable, Epilogue, Isa, KvCache, KvType, Packed, QkNorm, Record, Rotary, RowTable,
+    WeightType,
 };
 
 /// Rises when a kernel's bits change: part of the numerics id.
@@ -33,13 +34,7 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     /// f32 throughout, on all cores.
     fn default() -> Self {
-        Self {
-            dtype: WeightType::F32,
-            kv_type: KvType::F32,
-            threads: 0,
-            isa: None,
-            overrides: Overrides::default(),
-        }
+        Self { dtype: WeightType::F32, kv_type: KvType::F32, threads: 0, isa: None, overrides: Overrides::default() }
     }
 }
 
@@ -118,7 +113,7 @@ impl Model {
             embedding: EmbeddingTable::new(config.hidden as usize, &embedding, options.dtype),
             norm: loader.floats("model.norm.weight"),
             head,
-            rotary: Rotary::new(dim, dim, config.rope_theta, positions),
+            rotary: Rotary::new(dim, config.rotary_dim as usize, config.rope_theta, positions),
             kv_type: options.kv_type,
             dtype: options.dtype,
             numerics_id,
@@ -185,43 +180,58 @@ impl Model {
 
     /// One pass: `ids` hold one id per row of the table. Keys and values of every row go to the cache; the rows named by
     /// `outputs` (ascending) are left normalised for [`Model::reduce`] and [`Model::logits`].
-    pub fn forward(
-        &self,
-        ids: &[u32],
-        rows: &RowTable<'_>,
-        outputs: &[u32],
-        kv: &mut KvCache,
-        scratch: &mut Scratch,
-    ) {
+    ///
+    /// # Panics
+    /// When ids, rows and buffers do not fit each other: the caller has checked what users send.
+    pub fn forward(&self, ids: &[u32], rows: &RowTable<'_>, outputs: &[u32], kv: &mut KvCache, scratch: &mut Scratch) {
         let count = ids.len();
         assert!(count <= scratch.rows_max && rows.rows.len() == count, "a pass must fit its buffers");
+        let within = outputs.last().is_none_or(|&row| (row as usize) < count);
+        assert!(within && outputs.is_sorted_by(|a, b| a < b), "outputs must be rows of the pass, ascending");
         let (hidden, heads) = (self.config.hidden as usize, &self.config.heads);
         let Scratch { stream, normed, qkv, mixed, gated, .. } = scratch;
-        let stream = &mut stream[..count * hidden];
         let qkv = &mut qkv[..count * heads.qkv_width()];
-        let mixed = &mut mixed[..count * heads.out_width()];
-        let gated = &mut gated[..count * self.config.ffn as usize];
-        let eps = self.config.rms_eps;
-        self.cpu.embed(ids, &self.embedding, stream);
+        self.cpu.embed(ids, &self.embedding, &mut stream[..count * hidden]);
+        // Rows that still matter: past the last attention only those of the outputs.
+        let mut count = count;
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = &mut normed[..count * hidden];
-            self.cpu.rms_norm(stream, &layer.attention_norm, eps, normed);
-            let bias = layer.qkv_bias.as_deref().map_or(Epilogue::Store, Epilogue::Bias);
-            self.cpu.gemm(normed, &layer.qkv, bias, qkv);
-            let norms = self.config.qk_norm.then_some(QkNorm { q: &layer.q_norm, k: &layer.k_norm, eps });
-            self.cpu.rope_append(qkv, heads, &self.rotary, norms, rows, index, kv);
-            self.cpu.attention(qkv, heads, rows, index, kv, mixed);
-            self.cpu.gemm(mixed, &layer.out, Epilogue::Add, stream);
-            self.cpu.rms_norm(stream, &layer.ffn_norm, eps, normed);
+            self.attend(index, rows, qkv, &stream[..count * hidden], normed, mixed, kv);
+            if index + 1 == self.layers.len() {
+                keep_rows(stream, hidden, outputs);
+                keep_rows(mixed, heads.out_width(), outputs);
+                count = outputs.len();
+            }
+            let (stream, normed) = (&mut stream[..count * hidden], &mut normed[..count * hidden]);
+            let gated = &mut gated[..count * self.config.ffn as usize];
+            self.cpu.gemm(&mixed[..count * heads.out_width()], &layer.out, Epilogue::Add, stream);
+            self.cpu.rms_norm(stream, &layer.ffn_norm, self.config.rms_eps, normed);
             self.cpu.gemm(normed, &layer.gate_up, Epilogue::SiluMul, gated);
             self.cpu.gemm(gated, &layer.down, Epilogue::Add, stream);
         }
-        for (to, &from) in outputs.iter().enumerate() {
-            stream.copy_within(from as usize * hidden..(from as usize + 1) * hidden, to * hidden);
-        }
-        let wanted = outputs.len() * hidden;
-        self.cpu.rms_norm(&stream[..wanted], &self.norm, eps, &mut normed[..wanted]);
+        self.cpu.rms_norm(&stream[..count * hidden], &self.norm, self.config.rms_eps, &mut normed[..count * hidden]);
         scratch.outputs = outputs.len();
+    }
+
+    /// Attention of one layer: from the residual stream to the heads' mixed values, through the cache.
+    #[allow(clippy::too_many_arguments)]
+    fn attend(
+        &self,
+        index: usize,
+        rows: &RowTable<'_>,
+        qkv: &mut [f32],
+        stream: &[f32],
+        normed: &mut [f32],
+        mixed: &mut [f32],
+        kv: &mut KvCache,
+    ) {
+        let (layer, heads, eps) = (&self.layers[index], &self.config.heads, self.config.rms_eps);
+        let (normed, mixed) = (&mut normed[..stream.len()], &mut mixed[..rows.rows.len() * heads.out_width()]);
+        self.cpu.rms_norm(stream, &layer.attention_norm, eps, normed);
+        let bias = layer.qkv_bias.as_deref().map_or(Epilogue::Store, Epilogue::Bias);
+        self.cpu.gemm(normed, &layer.qkv, bias, qkv);
+        let norms = self.config.qk_norm.then_some(QkNorm { q: &layer.q_norm, k: &layer.k_norm, eps });
+        self.cpu.rope_append(qkv, heads, &self.rotary, norms, rows, index, kv);
+        self.cpu.attention(qkv, heads, rows, index, kv, mixed);
     }
 
     /// Reduces the logits of the last pass's outputs to one record each.
@@ -243,6 +253,13 @@ impl Model {
 
     fn output_rows<'a>(&self, scratch: &'a Scratch) -> &'a [f32] {
         &scratch.normed[..scratch.outputs * self.config.hidden as usize]
+    }
+}
+
+/// Moves the rows named by `kept` (ascending) to the front.
+fn keep_rows(values: &mut [f32], width: usize, kept: &[u32]) {
+    for (to, &from) in kept.iter().enumerate() {
+        values.copy_within(from as usize * width..(from as usize + 1) * width, to * width);
     }
 }
 
@@ -271,8 +288,12 @@ impl Loader<'_> {
         let biases = ["q", "k", "v"].map(|name| at(&format!("self_attn.{name}_proj.bias")));
         let (gate, up) = (self.floats(&at("mlp.gate_proj.weight")), self.floats(&at("mlp.up_proj.weight")));
         let hidden = config.hidden as usize;
-        let pairs = gate.chunks_exact(hidden).zip(up.chunks_exact(hidden));
-        let gate_up: Vec<f32> = pairs.flat_map(|(gate, up)| gate.iter().chain(up)).copied().collect();
+        let mut gate_up = Vec::with_capacity(gate.len() + up.len());
+        for (gate, up) in gate.chunks_exact(hidden).zip(up.chunks_exact(hidden)) {
+            gate_up.extend_from_slice(gate);
+            gate_up.extend_from_slice(up);
+        }
+        drop((gate, up));
         Layer {
             attention_norm: self.floats(&at("input_layernorm.weight")),
             qkv: self.pack(&qkv.each_ref().map(String::as_str)),
@@ -288,7 +309,11 @@ impl Loader<'_> {
 }
 
 fn info(name: &str, view: &TensorView<'_>) -> TensorInfo {
-    TensorInfo { name: name.to_owned(), shape: view.shape().to_vec(), dtype: format!("{:?}", view.dtype()).to_lowercase() }
+    TensorInfo {
+        name: name.to_owned(),
+        shape: view.shape().to_vec(),
+        dtype: format!("{:?}", view.dtype()).to_lowercase(),
+    }
 }
 
 fn numerics_id(weights: &Weights, config: &ModelConfig, options: &LoadOptions, isa: Isa) -> String {

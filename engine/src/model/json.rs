@@ -1,6 +1,7 @@
 //! Reading a JSON object key by key, remembering where each value came from and everything that is wrong.
 
 use super::{Entry, LoadError};
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -95,6 +96,29 @@ impl<'a> Reader<'a> {
             None => {
                 self.note(key, default, "family default");
                 default
+            }
+        }
+    }
+
+    /// A token id; another value is a problem.
+    pub(super) fn id(&mut self, key: &str) -> Option<u32> {
+        let value = self.value(key)?;
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        if id.is_none() {
+            self.problem(format!("{key} must be a token id, is {value}"));
+        }
+        id
+    }
+
+    /// An object of our own format, checked key by key.
+    pub(super) fn own<T: DeserializeOwned>(&mut self, key: &str) -> Option<T> {
+        let value = self.value(key)?.clone();
+        self.note(key, &value, "config.json");
+        match serde_json::from_value(value) {
+            Ok(parsed) => Some(parsed),
+            Err(error) => {
+                self.problem(format!("{key}: {error}"));
+                None
             }
         }
     }

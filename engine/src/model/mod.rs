@@ -1,20 +1,24 @@
 //! Models as mathematics: configuration, weights, forward pass.
 //!
-//! Reading order: [`family`] (one row of facts per architecture), [`config`] (every value with its origin),
-//! [`weights`] (safetensors to packed panels), [`decoder`] (the forward pass).
+//! Reading order: [`family`] (one row of facts per architecture), [`config`] (every value with its origin; `tokens`
+//! for the ids), [`weights`] (safetensors to packed panels), [`decoder`] (the forward pass).
 
 pub mod config;
 pub mod decoder;
 pub mod family;
 mod json;
+mod tokens;
 pub mod weights;
+
+#[cfg(test)]
+mod tests;
 
 pub use config::{DecodeDefaults, Entry, Infill, ModelConfig, Overrides};
 pub use decoder::{LoadOptions, Model, Scratch};
 pub use family::Family;
 pub use weights::TensorInfo;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// Why a checkpoint cannot be used.
@@ -46,10 +50,10 @@ pub enum LoadError {
         /// What is known.
         known: String,
     },
-    /// Keys are missing or have values this program cannot honour; all of them.
+    /// Keys of a JSON file are missing or have values this program cannot honour; all of them.
     #[error("{path}: {list}", path = .path.display(), list = .problems.join("; "))]
     Config {
-        /// The config.
+        /// The file.
         path: PathBuf,
         /// One line each, with the key's name.
         problems: Vec<String>,
@@ -73,6 +77,12 @@ pub enum LoadError {
     /// The instruction set asked for is not available.
     #[error(transparent)]
     Isa(#[from] unmask_kernels::IsaError),
+}
+
+impl LoadError {
+    fn config(path: &Path, problems: Vec<String>) -> Self {
+        LoadError::Config { path: path.to_owned(), problems }
+    }
 }
 
 /// How far a row attends.

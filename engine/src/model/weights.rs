@@ -1,8 +1,10 @@
 //! Safetensors files to weights: mapped, checked against the config, converted tensor by tensor.
 
+use super::json::read_object;
 use super::{LoadError, ModelConfig};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -31,28 +33,20 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    /// Maps `model.safetensors` or, where that is absent, the shards that `model.safetensors.index.json` names.
     ///
     /// # Errors
     /// A file is missing, truncated or corrupt.
     pub fn open(dir: &Path) -> Result<Weights, LoadError> {
         let index = dir.join("model.safetensors.index.json");
-        let names: BTreeSet<String> = match super::json::read_object(&index)? {
+        let single = dir.join("model.safetensors").exists();
+        let names: BTreeSet<String> = match if single { None } else { read_object(&index)? } {
             None => BTreeSet::from(["model.safetensors".to_owned()]),
-            Some(object) => {
-                let map = object.get("weight_map").and_then(serde_json::Value::as_object).ok_or_else(|| {
-                    LoadError::Config { path: index.clone(), problems: vec!["weight_map is missing".into()] }
-                })?;
-                map.values().filter_map(|file| file.as_str().map(str::to_owned)).collect()
-            }
+            Some(object) => shard_names(&index, &object)?,
         };
         let mut files = Vec::new();
         for name in names {
             let path = dir.join(&name);
-            if Path::new(&name).components().count() != 1 {
-                let problems = vec![format!("weight_map: {name:?} is not a file name")];
-                return Err(LoadError::Config { path: index, problems });
-            }
             let mapped = map_read_only(&path).map_err(|error| LoadError::File { path: path.clone(), error })?;
             parse(&path, &mapped)?;
             files.push((path, mapped));
@@ -63,11 +57,15 @@ impl Weights {
     /// Every tensor of the files.
     ///
     /// # Errors
-    /// A file is corrupt.
+    /// A file is corrupt, or two files hold the same tensor.
     pub fn tensors(&self) -> Result<BTreeMap<String, TensorView<'_>>, LoadError> {
         let mut all = BTreeMap::new();
         for (path, mapped) in &self.files {
             for (name, view) in parse(path, mapped)?.tensors() {
+                if all.contains_key(&name) {
+                    let reason = format!("{name} is in another file too");
+                    return Err(LoadError::Corrupt { path: path.clone(), reason });
+                }
                 all.insert(name, view);
             }
         }
@@ -108,7 +106,10 @@ impl Weights {
                 || IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
                 || (config.tied && name == "lm_head.weight")
         };
-        problems.extend(tensors.keys().filter(|name| !known(name)).map(|name| format!("{name} is unknown")));
+        problems.extend(tensors.keys().filter(|name| !known(name)).map(|name| match name.ends_with("o_proj.bias") {
+            true => format!("{name}: a bias of the attention's output is not implemented"),
+            false => format!("{name} is unknown"),
+        }));
         if problems.is_empty() {
             return Ok(());
         }
@@ -119,6 +120,21 @@ impl Weights {
         }
         Err(LoadError::Tensors { path: self.dir.clone(), problems })
     }
+}
+
+/// Files of the shards; only names, so that an index cannot point elsewhere.
+fn shard_names(index: &Path, object: &Map<String, Value>) -> Result<BTreeSet<String>, LoadError> {
+    let problem = |problem: String| LoadError::config(index, vec![problem]);
+    let map = object.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| problem("weight_map is missing".into()))?;
+    let mut names = BTreeSet::new();
+    for file in map.values() {
+        match file.as_str().filter(|name| Path::new(name).file_name().is_some_and(|file| file == *name)) {
+            Some(name) => names.insert(name.to_owned()),
+            None => return Err(problem(format!("weight_map: {file} is not a file name"))),
+        };
+    }
+    Ok(names)
 }
 
 fn parse<'a>(path: &Path, mapped: &'a Mapped) -> Result<SafeTensors<'a>, LoadError> {

@@ -16,7 +16,7 @@ pub(super) fn check(request: &Request, config: &ModelConfig, limits: &Limits) ->
     };
     let settings = &request.settings;
     require(!request.prompt.is_empty(), "prompt", "is empty: give at least one token".into());
-    let vocab = config.vocab_rows as u32;
+    let vocab = config.vocab_rows;
     for (field, ids) in [("prompt", &request.prompt), ("committed", &request.committed)] {
         let outside = ids.iter().position(|&id| id >= vocab);
         require(outside.is_none(), field, outside.map_or(String::new(), |at| out_of_range(at, ids[at], vocab)));

@@ -2,10 +2,10 @@
 
 use super::Epilogue;
 use crate::Isa;
+use crate::exp::exp;
 use crate::lanes::Lanes;
 use crate::pack::{PANEL, Packed, Panels};
 use crate::rows::RowsMut;
-use crate::exp::exp;
 
 /// Rows of the largest tile.
 pub(super) const ROWS: usize = 8;

@@ -62,7 +62,7 @@ macro_rules! dispatch {
     ($isa:expr, $f:ident($($arg:expr),* $(,)?)) => {
         match $isa {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: an Isa value other than Portable exists only where the host supports it.
+            // SAFETY: `Cpu::new` refuses an instruction set that the host lacks, and kernels take theirs from a `Cpu`.
             $crate::Isa::Avx512 => unsafe {
                 $crate::lanes::avx512::enter(#[inline(always)] || $f::<$crate::lanes::avx512::F32x16>($($arg),*))
             },

@@ -8,8 +8,7 @@ use super::{
     Heads, Saved,
     attention::{Document, attention, attention_backward},
     floats,
-    gemm::{Packing, View, gemm},
-    math, put,
+    math, matrix, product, put,
     rotary::{QkNorm, Rotary, norm_rotate, norm_rotate_backward},
     take, tensor, with_floats,
 };
@@ -82,20 +81,19 @@ impl Attend {
         let rows = x.len() / hidden;
         let (width, inner) = (self.heads.width(), self.heads.heads * self.heads.head_dim);
         let w = split(flat, &self.heads, hidden);
-        let mut packing = Packing::default();
         let mut normed = vec![0.0; rows * hidden];
         math::norm_rows(x, w.norm, self.eps, &mut normed);
         let mut qkv = vec![0.0; rows * width];
-        let transposed = View::transposed(w.qkv, hidden);
-        gemm((rows, width, hidden), View::rows(&normed, hidden), transposed, &mut qkv, width, false, &mut packing);
+        let transposed = matrix(w.qkv, hidden).t();
+        product(matrix(&normed, hidden), transposed, &mut qkv, false);
         let mut rotated = vec![0.0; rows * width];
         let norm = QkNorm { q: w.q_norm, k: w.k_norm, eps: self.eps };
         norm_rotate(&qkv, &self.heads, &self.positions, &self.rotary, norm, &mut rotated);
         let mut attended = vec![0.0; rows * inner];
         attention(&rotated, &self.heads, &self.documents, &mut attended);
         let mut out = x.to_vec();
-        let transposed = View::transposed(w.output, inner);
-        gemm((rows, hidden, inner), View::rows(&attended, inner), transposed, &mut out, hidden, true, &mut packing);
+        let transposed = matrix(w.output, inner).t();
+        product(matrix(&attended, inner), transposed, &mut out, true);
         if self.keep {
             put(&self.saved, Activations { qkv, rotated, attended });
         }
@@ -109,14 +107,12 @@ impl Attend {
         let w = split(flat, &self.heads, hidden);
         let mut dflat = vec![0.0; flat.len()];
         let dw = split_mut(&mut dflat, &self.heads, hidden);
-        let mut packing = Packing::default();
-        let p = &mut packing;
 
-        let dout_t = View::transposed(dout, hidden);
-        gemm((hidden, inner, rows), dout_t, View::rows(&attended, inner), dw.output, inner, false, p);
+        let dout_t = matrix(dout, hidden).t();
+        product(dout_t, matrix(&attended, inner), dw.output, false);
         let mut dattended = attended;
-        let output = View::rows(w.output, inner);
-        gemm((rows, inner, hidden), View::rows(dout, hidden), output, &mut dattended, inner, false, p);
+        let output = matrix(w.output, inner);
+        product(matrix(dout, hidden), output, &mut dattended, false);
         let mut dqkv = vec![0.0; rows * width];
         attention_backward(&rotated, &self.heads, &self.documents, &dattended, &mut dqkv);
         let norm = QkNorm { q: w.q_norm, k: w.k_norm, eps: self.eps };
@@ -125,11 +121,11 @@ impl Attend {
 
         let mut normed = vec![0.0; rows * hidden];
         math::norm_rows(x, w.norm, self.eps, &mut normed);
-        let dqkv_t = View::transposed(&dqkv, width);
-        gemm((width, hidden, rows), dqkv_t, View::rows(&normed, hidden), dw.qkv, hidden, false, p);
+        let dqkv_t = matrix(&dqkv, width).t();
+        product(dqkv_t, matrix(&normed, hidden), dw.qkv, false);
         let mut dnormed = normed;
-        let weights = View::rows(w.qkv, hidden);
-        gemm((rows, hidden, width), View::rows(&dqkv, width), weights, &mut dnormed, hidden, false, p);
+        let weights = matrix(w.qkv, hidden);
+        product(matrix(&dqkv, width), weights, &mut dnormed, false);
         let mut dx = dout.to_vec();
         math::norm_rows_backward(x, w.norm, self.eps, &dnormed, &mut dx, dw.norm);
         Ok((dx, dflat))

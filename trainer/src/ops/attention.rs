@@ -1,11 +1,9 @@
 //! Attention over the doubled layout, forward and backward, exploiting that a row sees a prefix of the clean rows and,
 //! if it is noisy, its own block. Rows are handled in tiles of positions with all query heads of one key head together.
 
-use super::{
-    Heads,
-    gemm::{Packing, View, gemm},
-    math,
-};
+use std::ops::Range;
+
+use super::{Heads, math, matrix, product};
 
 /// Positions per tile when blocks are not larger.
 const TILE: usize = 32;
@@ -24,7 +22,7 @@ pub struct Document {
 /// The rule: which rows a row of `document` attends to, as row ranges in the batch (clean prefix, own noisy block).
 ///
 /// Clean row p: clean rows [0, p]. Noisy row p of block [s, e): clean rows [0, s) and noisy rows [s, e).
-pub fn reach(document: &Document, clean: bool, position: usize) -> [std::ops::Range<usize>; 2] {
+pub fn reach(document: &Document, clean: bool, position: usize) -> [Range<usize>; 2] {
     let first_clean = document.start + document.length;
     if clean {
         return [first_clean..first_clean + position + 1, 0..0];
@@ -34,7 +32,7 @@ pub fn reach(document: &Document, clean: bool, position: usize) -> [std::ops::Ra
     [first_clean..first_clean + block, own..own + document.block]
 }
 
-/// Positions `start..start + rows` of one half against `prefix` clean keys and the tile's own `own` noisy keys.
+/// Positions `start..start + rows` of one half: they see clean keys `0..prefix` and, if noisy, the tile's own keys.
 struct Tile {
     clean: bool,
     start: usize,
@@ -44,17 +42,22 @@ struct Tile {
 }
 
 impl Tile {
-    fn width(&self) -> usize {
-        self.prefix + self.own
-    }
-
-    /// Score columns that the row at `offset` sees: `0..prefix` and a range of the own keys.
+    /// What the row at `offset` sees: so many of the prefix, and which of the tile's own keys.
     #[inline(always)]
-    fn columns(&self, document: &Document, offset: usize) -> (usize, std::ops::Range<usize>) {
+    fn columns(&self, document: &Document, offset: usize) -> (usize, Range<usize>) {
         let [prefix, own] = reach(document, self.clean, self.start + offset);
         let shift = document.start + self.start;
-        let own = if self.clean { 0..0 } else { own.start - shift + self.prefix..own.end - shift + self.prefix };
-        (prefix.len(), own)
+        (prefix.len(), if self.clean { 0..0 } else { own.start - shift..own.end - shift })
+    }
+
+    /// Rows of the keys, among the document's rows: the prefix and the tile's own.
+    fn keys(&self, document: &Document) -> [Range<usize>; 2] {
+        [document.length..document.length + self.prefix, self.start..self.start + self.own]
+    }
+
+    /// First row in the batch.
+    fn row(&self, document: &Document) -> usize {
+        document.start + self.start + if self.clean { document.length } else { 0 }
     }
 }
 
@@ -73,175 +76,201 @@ fn tiles(document: &Document) -> impl Iterator<Item = Tile> + use<> {
     })
 }
 
-/// Buffers of one tile.
-#[derive(Default)]
-struct Scratch {
-    queries: Vec<f32>,
-    scores: Vec<f32>,
-    result: Vec<f32>,
-    slopes: Vec<f32>,
-    packing: Packing,
+/// Copies columns `column..column + width` of `to.len() / width` rows of a (rows, stride) buffer, times `factor`.
+fn gather(from: &[f32], stride: usize, first: usize, column: usize, width: usize, factor: f32, to: &mut [f32]) {
+    for (offset, out) in to.chunks_exact_mut(width).enumerate() {
+        let start = (first + offset) * stride + column;
+        for (out, x) in out.iter_mut().zip(&from[start..start + width]) {
+            *out = x * factor;
+        }
+    }
 }
 
-/// One document's rows in a (rows, width) buffer, for one key head.
-struct Place<'a> {
+/// The reverse of [`gather`].
+fn scatter(from: &[f32], factor: f32, to: &mut [f32], stride: usize, first: usize, column: usize, width: usize) {
+    for (offset, x) in from.chunks_exact(width).enumerate() {
+        let start = (first + offset) * stride + column;
+        for (out, x) in to[start..start + width].iter_mut().zip(x) {
+            *out = x * factor;
+        }
+    }
+}
+
+/// One document and one key head: its keys and values, (2 length, head_dim) each.
+struct Part<'a> {
     heads: &'a Heads,
     document: &'a Document,
     kv: usize,
+    keys: Vec<f32>,
+    values: Vec<f32>,
 }
 
-impl Place<'_> {
-    fn row(&self, tile: &Tile) -> usize {
-        self.document.start + tile.start + if tile.clean { self.document.length } else { 0 }
+/// Buffers of one tile; scores and slopes are split into the prefix's and the tile's own columns.
+#[derive(Default)]
+struct Scratch {
+    queries: Vec<f32>,
+    scores: [Vec<f32>; 2],
+    slopes: [Vec<f32>; 2],
+    result: Vec<f32>,
+}
+
+impl<'a> Part<'a> {
+    fn all(heads: &'a Heads, documents: &'a [Document], qkv: &'a [f32]) -> impl Iterator<Item = Part<'a>> {
+        let pairs = documents.iter().flat_map(|document| (0..heads.kv_heads).map(move |kv| (document, kv)));
+        pairs.map(move |(document, kv)| {
+            let copy = |head: usize| {
+                let mut out = vec![0.0; 2 * document.length * heads.head_dim];
+                let column = head * heads.head_dim;
+                gather(qkv, heads.width(), document.start, column, heads.head_dim, 1.0, &mut out);
+                out
+            };
+            let (keys, values) = (copy(heads.heads + kv), copy(heads.heads + heads.kv_heads + kv));
+            Part { heads, document, kv, keys, values }
+        })
     }
 
-    fn group(&self) -> usize {
-        self.heads.heads / self.heads.kv_heads
+    fn dim(&self) -> usize {
+        self.heads.head_dim
     }
 
-    /// Offsets in qkv of the first clean key (or value) row and of the tile's own noisy ones.
-    fn keys(&self, tile: &Tile, value: bool) -> (usize, usize) {
-        let head = self.heads.heads + self.kv + if value { self.heads.kv_heads } else { 0 };
-        let width = self.heads.width();
-        let first = (self.document.start + self.document.length) * width + head * self.heads.head_dim;
-        (first, self.row(tile) * width + head * self.heads.head_dim)
+    /// Query heads that share this key head.
+    fn group(&self) -> Range<usize> {
+        let size = self.heads.heads / self.heads.kv_heads;
+        self.kv * size..(self.kv + 1) * size
     }
 
-    /// Copies the tile's rows of this group's heads from a (rows, width) buffer, times `factor`.
-    fn gather(&self, tile: &Tile, from: &[f32], width: usize, factor: f32, to: &mut Vec<f32>) {
-        let dim = self.heads.head_dim;
-        to.resize(self.group() * tile.rows * dim, 0.0);
-        for (index, out) in to.chunks_exact_mut(dim).enumerate() {
-            let (head, offset) = (self.kv * self.group() + index / tile.rows, index % tile.rows);
-            let start = (self.row(tile) + offset) * width + head * dim;
-            for (out, x) in out.iter_mut().zip(&from[start..start + dim]) {
-                *out = x * factor;
-            }
+    /// The tile's rows of the group's heads, one head after the other, from a (rows, stride) buffer.
+    fn gather(&self, tile: &Tile, from: &[f32], stride: usize, factor: f32, to: &mut Vec<f32>) {
+        let size = tile.rows * self.dim();
+        to.resize(self.group().len() * size, 0.0);
+        for (head, to) in self.group().zip(to.chunks_exact_mut(size)) {
+            gather(from, stride, tile.row(self.document), head * self.dim(), self.dim(), factor, to);
         }
     }
 
-    fn scatter(&self, tile: &Tile, from: &[f32], to: &mut [f32], width: usize, factor: f32) {
-        let dim = self.heads.head_dim;
-        for (index, x) in from.chunks_exact(dim).enumerate() {
-            let (head, offset) = (self.kv * self.group() + index / tile.rows, index % tile.rows);
-            let start = (self.row(tile) + offset) * width + head * dim;
-            for (out, x) in to[start..start + dim].iter_mut().zip(x) {
-                *out = x * factor;
-            }
+    fn scatter(&self, tile: &Tile, from: &[f32], factor: f32, to: &mut [f32], stride: usize) {
+        for (head, from) in self.group().zip(from.chunks_exact(tile.rows * self.dim())) {
+            scatter(from, factor, to, stride, tile.row(self.document), head * self.dim(), self.dim());
         }
     }
 
-    /// `out(group rows, tile.width()) = left . right^T` where `right` are the tile's keys or values in `qkv`.
-    fn against_keys(&self, tile: &Tile, left: &[f32], qkv: &[f32], value: bool, out: &mut Vec<f32>, p: &mut Packing) {
-        let (m, dim, stride) = (self.group() * tile.rows, self.heads.head_dim, tile.width());
-        let (clean, own) = self.keys(tile, value);
-        out.resize(m * stride, 0.0);
-        let right = |offset| View { data: &qkv[offset..], row: 1, column: self.heads.width() };
-        gemm((m, tile.prefix, dim), View::rows(left, dim), right(clean), out, stride, false, p);
-        if tile.own > 0 {
-            let out = &mut out[tile.prefix..];
-            gemm((m, tile.own, dim), View::rows(left, dim), right(own), out, stride, false, p);
+    /// `out = left . right^T` for the tile's two ranges of rows of `right` (keys or values).
+    fn against(&self, tile: &Tile, left: &[f32], right: &[f32], out: &mut [Vec<f32>; 2]) {
+        let dim = self.dim();
+        for (keys, out) in tile.keys(self.document).into_iter().zip(out) {
+            out.resize(left.len() / dim * keys.len(), 0.0);
+            let right = matrix(&right[keys.start * dim..keys.end * dim], dim);
+            product(matrix(left, dim), right.t(), out, false);
         }
     }
 
-    /// `out(group rows, head_dim) = left(group rows, tile.width()) . right`, `right` as in [`Place::against_keys`].
-    fn over_keys(&self, tile: &Tile, left: &[f32], qkv: &[f32], value: bool, out: &mut Vec<f32>, p: &mut Packing) {
-        let (m, dim, stride) = (self.group() * tile.rows, self.heads.head_dim, tile.width());
-        let (clean, own) = self.keys(tile, value);
-        out.resize(m * dim, 0.0);
-        let right = |offset| View { data: &qkv[offset..], row: self.heads.width(), column: 1 };
-        let part = |start: usize| View { data: &left[start..], row: stride, column: 1 };
-        if tile.prefix == 0 {
-            out.fill(0.0);
-        }
-        gemm((m, dim, tile.prefix), part(0), right(clean), out, dim, false, p);
-        if tile.own > 0 {
-            gemm((m, dim, tile.own), part(tile.prefix), right(own), out, dim, true, p);
+    /// `out = left . right` summed over the tile's two ranges of rows of `right`.
+    fn over(&self, tile: &Tile, left: &[Vec<f32>; 2], right: &[f32], out: &mut Vec<f32>) {
+        let dim = self.dim();
+        out.resize(self.group().len() * tile.rows * dim, 0.0);
+        out.fill(0.0);
+        for (keys, left) in tile.keys(self.document).into_iter().zip(left).filter(|(keys, _)| !keys.is_empty()) {
+            let right = matrix(&right[keys.start * dim..keys.end * dim], dim);
+            product(matrix(left, keys.len()), right, out, true);
         }
     }
 
-    /// Adds `left^T . right` to the gradient rows of the tile's keys or values.
-    fn add_to_keys(&self, tile: &Tile, left: &[f32], right: &[f32], dqkv: &mut [f32], value: bool, p: &mut Packing) {
-        let (m, dim, stride) = (self.group() * tile.rows, self.heads.head_dim, tile.width());
-        let (clean, own) = self.keys(tile, value);
-        let width = self.heads.width();
-        let part = |start: usize| View { data: &left[start..], row: 1, column: stride };
-        gemm((tile.prefix, dim, m), part(0), View::rows(right, dim), &mut dqkv[clean..], width, true, p);
-        if tile.own > 0 {
-            gemm((tile.own, dim, m), part(tile.prefix), View::rows(right, dim), &mut dqkv[own..], width, true, p);
+    /// Adds `left^T . right` to the tile's two ranges of rows of `out`.
+    fn add(&self, tile: &Tile, left: &[Vec<f32>; 2], right: &[f32], out: &mut [f32]) {
+        let dim = self.dim();
+        for (keys, left) in tile.keys(self.document).into_iter().zip(left).filter(|(keys, _)| !keys.is_empty()) {
+            let out = &mut out[keys.start * dim..keys.end * dim];
+            product(matrix(left, keys.len()).t(), matrix(right, dim), out, true);
         }
     }
 
     /// Attention probabilities of the tile into `scratch.scores`, scaled queries into `scratch.queries`.
     fn probabilities(&self, tile: &Tile, qkv: &[f32], scratch: &mut Scratch) {
-        let factor = (self.heads.head_dim as f32).sqrt().recip();
+        let factor = (self.dim() as f32).sqrt().recip();
         self.gather(tile, qkv, self.heads.width(), factor, &mut scratch.queries);
-        self.against_keys(tile, &scratch.queries, qkv, false, &mut scratch.scores, &mut scratch.packing);
-        let (width, document) = (tile.width(), self.document);
-        let scores = &mut scratch.scores;
-        math::vectorized(#[inline(always)] || {
-            for (index, row) in scores.chunks_exact_mut(width).enumerate() {
-                let (prefix, own) = tile.columns(document, index % tile.rows);
-                softmax(row, prefix, own);
-            }
-        });
+        self.against(tile, &scratch.queries, &self.keys, &mut scratch.scores);
+        let [prefix, own] = &mut scratch.scores;
+        let (rows, document) = (self.group().len() * tile.rows, self.document);
+        math::vectorized(
+            #[inline(always)]
+            || {
+                for index in 0..rows {
+                    let (end, seen) = tile.columns(document, index % tile.rows);
+                    let prefix = &mut prefix[index * tile.prefix..][..tile.prefix];
+                    let own = &mut own[index * tile.own..][..tile.own];
+                    softmax(prefix, end, own, seen);
+                }
+            },
+        );
     }
 }
 
-/// Softmax over `0..prefix` and `own`; zero elsewhere.
+/// Softmax over `prefix[..end]` and `own[seen]` together; the rest becomes zero.
 #[inline(always)]
-fn softmax(row: &mut [f32], prefix: usize, own: std::ops::Range<usize>) {
-    let max = math::largest(&row[..prefix]).max(math::largest(&row[own.clone()]));
-    let total = math::exp_sum(&mut row[..prefix], max) + math::exp_sum(&mut row[own.clone()], max);
-    let end = row.len();
-    if own.is_empty() {
-        row[prefix..end].fill(0.0);
-    } else {
-        row[prefix..own.start].fill(0.0);
-        row[own.end..end].fill(0.0);
-    }
-    math::scale(row, total.recip());
+fn softmax(prefix: &mut [f32], end: usize, own: &mut [f32], seen: Range<usize>) {
+    let max = math::largest(&prefix[..end]).max(math::largest(&own[seen.clone()]));
+    let total = math::exp_sum(&mut prefix[..end], max) + math::exp_sum(&mut own[seen.clone()], max);
+    math::scale(&mut prefix[..end], total.recip());
+    math::scale(&mut own[seen.clone()], total.recip());
+    prefix[end..].fill(0.0);
+    own[..seen.start].fill(0.0);
+    own[seen.end..].fill(0.0);
+}
+
+/// Turns gradients of probabilities into gradients of scores: `p (d - sum(p d))` over both parts of each row.
+fn softmax_backward(slopes: &mut [Vec<f32>; 2], scores: &[Vec<f32>; 2], rows: usize) {
+    let [prefix, own] = slopes;
+    let (widths, [p, q]) = ((prefix.len() / rows, own.len() / rows), scores);
+    math::vectorized(
+        #[inline(always)]
+        || {
+            for index in 0..rows {
+                let (a, b) = (index * widths.0..(index + 1) * widths.0, index * widths.1..(index + 1) * widths.1);
+                let mean = math::dot(&prefix[a.clone()], &p[a.clone()]) + math::dot(&own[b.clone()], &q[b.clone()]);
+                for (slope, p) in prefix[a.clone()].iter_mut().zip(&p[a]) {
+                    *slope = p * (*slope - mean);
+                }
+                for (slope, q) in own[b.clone()].iter_mut().zip(&q[b]) {
+                    *slope = q * (*slope - mean);
+                }
+            }
+        },
+    );
 }
 
 /// `out(rows, heads * head_dim)` from queries, keys and values in `qkv(rows, heads.width())`.
 pub fn attention(qkv: &[f32], heads: &Heads, documents: &[Document], out: &mut [f32]) {
     let mut scratch = Scratch::default();
-    for (document, kv) in documents.iter().flat_map(|d| (0..heads.kv_heads).map(move |kv| (d, kv))) {
-        let place = Place { heads, document, kv };
-        for tile in tiles(document) {
-            place.probabilities(&tile, qkv, &mut scratch);
-            let Scratch { scores, result, packing, .. } = &mut scratch;
-            place.over_keys(&tile, scores, qkv, true, result, packing);
-            place.scatter(&tile, result, out, heads.heads * heads.head_dim, 1.0);
+    for part in Part::all(heads, documents, qkv) {
+        for tile in tiles(part.document) {
+            part.probabilities(&tile, qkv, &mut scratch);
+            part.over(&tile, &scratch.scores, &part.values, &mut scratch.result);
+            part.scatter(&tile, &scratch.result, 1.0, out, heads.heads * heads.head_dim);
         }
     }
 }
 
-/// Gradient of [`attention`]: `dqkv` is overwritten.
+/// Gradient of [`attention`]: all of `dqkv` is overwritten.
 pub fn attention_backward(qkv: &[f32], heads: &Heads, documents: &[Document], dout: &[f32], dqkv: &mut [f32]) {
     let mut scratch = Scratch::default();
-    let factor = (heads.head_dim as f32).sqrt().recip();
-    dqkv.fill(0.0);
-    for (document, kv) in documents.iter().flat_map(|d| (0..heads.kv_heads).map(move |kv| (d, kv))) {
-        let place = Place { heads, document, kv };
-        for tile in tiles(document) {
-            place.probabilities(&tile, qkv, &mut scratch);
-            let Scratch { queries, scores, result, slopes, packing } = &mut scratch;
-            place.gather(&tile, dout, heads.heads * heads.head_dim, 1.0, result);
-            place.add_to_keys(&tile, scores, result, dqkv, true, packing);
-            place.against_keys(&tile, result, qkv, true, slopes, packing);
-            let width = tile.width();
-            math::vectorized(#[inline(always)] || {
-                for (slopes, scores) in slopes.chunks_exact_mut(width).zip(scores.chunks_exact(width)) {
-                    let mean = math::dot(slopes, scores);
-                    for (slope, p) in slopes.iter_mut().zip(scores) {
-                        *slope = p * (*slope - mean);
-                    }
-                }
-            });
-            place.add_to_keys(&tile, slopes, queries, dqkv, false, packing);
-            place.over_keys(&tile, slopes, qkv, false, result, packing);
-            place.scatter(&tile, result, dqkv, heads.width(), factor);
+    let (dim, width) = (heads.head_dim, heads.width());
+    let factor = (dim as f32).sqrt().recip();
+    for part in Part::all(heads, documents, qkv) {
+        let (mut dkeys, mut dvalues) = (vec![0.0; part.keys.len()], vec![0.0; part.values.len()]);
+        for tile in tiles(part.document) {
+            part.probabilities(&tile, qkv, &mut scratch);
+            let Scratch { queries, scores, slopes, result } = &mut scratch;
+            part.gather(&tile, dout, heads.heads * dim, 1.0, result);
+            part.add(&tile, scores, result, &mut dvalues);
+            part.against(&tile, result, &part.values, slopes);
+            softmax_backward(slopes, scores, part.group().len() * tile.rows);
+            part.add(&tile, slopes, queries, &mut dkeys);
+            part.over(&tile, slopes, &part.keys, result);
+            part.scatter(&tile, result, factor, dqkv, width);
         }
+        let column = |head: usize| head * dim;
+        let (key, value) = (column(heads.heads + part.kv), column(heads.heads + heads.kv_heads + part.kv));
+        scatter(&dkeys, 1.0, dqkv, width, part.document.start, key, dim);
+        scatter(&dvalues, 1.0, dqkv, width, part.document.start, value, dim);
     }
 }

@@ -5,8 +5,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
 use super::{
     Saved, floats,
-    gemm::{Packing, View, gemm},
-    math, put, take, tensor, with_floats,
+    math, matrix, product, put, take, tensor, with_floats,
 };
 
 /// (rows, hidden) x flat weights -> (rows, hidden). Flat weights, in order: gate (inner, hidden), up (inner, hidden),
@@ -60,17 +59,16 @@ impl FeedForward {
         let (rows, inner) = (x.len() / hidden, self.inner);
         let (gate_up_w, rest) = flat.split_at(2 * inner * hidden);
         let (down, norm) = rest.split_at(inner * hidden);
-        let p = &mut Packing::default();
         let mut normed = vec![0.0; rows * hidden];
         math::norm_rows(x, norm, self.eps, &mut normed);
         let mut gate_up = vec![0.0; rows * 2 * inner];
-        let weights = View::transposed(gate_up_w, hidden);
-        gemm((rows, 2 * inner, hidden), View::rows(&normed, hidden), weights, &mut gate_up, 2 * inner, false, p);
+        let weights = matrix(gate_up_w, hidden).t();
+        product(matrix(&normed, hidden), weights, &mut gate_up, false);
         let mut active = vec![0.0; rows * inner];
         activate(&gate_up, inner, &mut active);
         let mut out = x.to_vec();
-        let weights = View::transposed(down, inner);
-        gemm((rows, hidden, inner), View::rows(&active, inner), weights, &mut out, hidden, true, p);
+        let weights = matrix(down, inner).t();
+        product(matrix(&active, inner), weights, &mut out, true);
         if self.keep {
             put(&self.saved, gate_up);
         }
@@ -85,24 +83,23 @@ impl FeedForward {
         let mut dflat = vec![0.0; flat.len()];
         let (dgate_up_w, rest) = dflat.split_at_mut(2 * inner * hidden);
         let (ddown, dnorm) = rest.split_at_mut(inner * hidden);
-        let p = &mut Packing::default();
 
         let mut active = vec![0.0; rows * inner];
         activate(&gate_up, inner, &mut active);
-        let dout_t = View::transposed(dout, hidden);
-        gemm((hidden, inner, rows), dout_t, View::rows(&active, inner), ddown, inner, false, p);
+        let dout_t = matrix(dout, hidden).t();
+        product(dout_t, matrix(&active, inner), ddown, false);
         let mut dactive = active;
-        let weights = View::rows(down, inner);
-        gemm((rows, inner, hidden), View::rows(dout, hidden), weights, &mut dactive, inner, false, p);
+        let weights = matrix(down, inner);
+        product(matrix(dout, hidden), weights, &mut dactive, false);
         activate_backward(&mut gate_up, inner, &dactive);
 
         let mut normed = vec![0.0; rows * hidden];
         math::norm_rows(x, norm, self.eps, &mut normed);
-        let slopes_t = View::transposed(&gate_up, 2 * inner);
-        gemm((2 * inner, hidden, rows), slopes_t, View::rows(&normed, hidden), dgate_up_w, hidden, false, p);
+        let slopes_t = matrix(&gate_up, 2 * inner).t();
+        product(slopes_t, matrix(&normed, hidden), dgate_up_w, false);
         let mut dnormed = normed;
-        let slopes = View::rows(&gate_up, 2 * inner);
-        gemm((rows, hidden, 2 * inner), slopes, View::rows(gate_up_w, hidden), &mut dnormed, hidden, false, p);
+        let slopes = matrix(&gate_up, 2 * inner);
+        product(slopes, matrix(gate_up_w, hidden), &mut dnormed, false);
         let mut dx = dout.to_vec();
         math::norm_rows_backward(x, norm, self.eps, &dnormed, &mut dx, dnorm);
         Ok((dx, dflat))

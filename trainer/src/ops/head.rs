@@ -7,8 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::{
     Saved, floats,
-    gemm::{Packing, View, gemm},
-    math, put, take, tensor,
+    math, matrix, product, put, take, tensor,
 };
 
 /// Rows of logits that exist at once.
@@ -71,7 +70,6 @@ impl Head {
         let mut normed = vec![0.0; CHUNK_ROWS * hidden];
         let mut logits = vec![0.0; CHUNK_ROWS * vocabulary];
         let mut losses = Vec::with_capacity(self.targets.rows.len());
-        let p = &mut Packing::default();
         let all = self.targets.rows.chunks(CHUNK_ROWS).zip(self.targets.tokens.chunks(CHUNK_ROWS));
         for ((rows, tokens), weights) in all.zip(self.targets.weights.chunks(CHUNK_ROWS)) {
             let m = rows.len();
@@ -79,8 +77,9 @@ impl Head {
                 out.copy_from_slice(&x[row as usize * hidden..][..hidden]);
             }
             math::norm_rows(&picked[..m * hidden], norm, self.eps, &mut normed[..m * hidden]);
-            let transposed = View::transposed(table, hidden);
-            gemm((m, vocabulary, hidden), View::rows(&normed, hidden), transposed, &mut logits, vocabulary, false, p);
+            let logits = &mut logits[..m * vocabulary];
+            let normed = &mut normed[..m * hidden];
+            product(matrix(normed, hidden), matrix(table, hidden).t(), logits, false);
             math::vectorized(#[inline(always)] || {
                 for ((logits, &token), &weight) in logits.chunks_exact_mut(vocabulary).zip(tokens).zip(weights) {
                     losses.push(cross_entropy(logits, self.banned as usize, token as usize, weight));
@@ -89,11 +88,9 @@ impl Head {
             if !self.keep {
                 continue;
             }
-            let slopes_t = View::transposed(&logits, vocabulary);
-            gemm((vocabulary, hidden, m), slopes_t, View::rows(&normed, hidden), &mut dtable, hidden, true, p);
-            let slopes = View::rows(&logits, vocabulary);
-            let table = View::rows(table, hidden);
-            gemm((m, hidden, vocabulary), slopes, table, &mut normed, hidden, false, p);
+            let slopes = matrix(logits, vocabulary);
+            product(slopes.t(), matrix(normed, hidden), &mut dtable, true);
+            product(slopes, matrix(table, hidden), normed, false);
             for ((&row, x), dy) in rows.iter().zip(picked.chunks_exact(hidden)).zip(normed.chunks_exact(hidden)) {
                 let dx = &mut dx[row as usize * hidden..][..hidden];
                 math::norm_rows_backward(x, norm, self.eps, dy, dx, &mut dnorm);

@@ -1,6 +1,6 @@
-//! Operations of the model with hand-written gradients. The slices' arithmetic is in `gemm`, `math`, `rotary` and
-//! `attention`; `embed`, `attend`, `feed_forward` and `head` wrap it as candle operations, one per sublayer, so that
-//! candle's graph stays small and its element-wise kernels stay out of the hot path.
+//! Operations of the model with hand-written gradients. The slices' arithmetic is in `math`, `rotary` and `attention`,
+//! matrix products come from the kernels; `embed`, `attend`, `feed_forward` and `head` wrap it as candle operations, one
+//! per sublayer, so that candle's graph stays small and its element-wise kernels stay out of the hot path.
 //!
 //! Every operation is single-threaded and deterministic: the trainer runs one micro-batch per thread.
 
@@ -8,12 +8,14 @@ pub mod attend;
 pub mod attention;
 pub mod embed;
 pub mod feed_forward;
-pub mod gemm;
 pub mod head;
 pub mod math;
 pub mod rotary;
 
+use std::sync::LazyLock;
+
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor};
+use unmask_kernels::{Cpu, Isa, MatRef};
 
 /// Heads of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +33,19 @@ impl Heads {
     pub fn width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
+}
+
+/// One thread: products run inside micro-batches, which are what is spread over threads.
+static CPU: LazyLock<Cpu> = LazyLock::new(|| Cpu::new(Isa::detect().unwrap_or(Isa::Portable), 1));
+
+/// `C = A B`, or `C += A B`.
+pub(crate) fn product(a: MatRef<'_>, b: MatRef<'_>, c: &mut [f32], accumulate: bool) {
+    CPU.matmul(a, b, c, accumulate);
+}
+
+/// A row-major matrix of `width` columns.
+pub(crate) fn matrix(data: &[f32], width: usize) -> MatRef<'_> {
+    MatRef::new(data, data.len() / width, width)
 }
 
 /// The contiguous elements of an operation's argument.
