@@ -8,9 +8,12 @@ use crate::pack::{Lines, PANEL};
 use crate::rows::RowsMut;
 use crate::{Cpu, Isa};
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Terms of a sum that one pass over C adds: a panel of this depth stays in the first-level cache.
 const DEPTH: usize = 256;
+/// Panels up to this deep stay in the first-level cache together ([`TASK_PANELS`] of them take 32 KiB).
+const SHALLOW: usize = 32;
 /// Rows of C that one task computes.
 const ROWS: usize = 96;
 /// Panels of B that one task computes.
@@ -149,12 +152,14 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// Rows times panels of C.
-    fn run(&self, isa: Isa, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>, out: &RowsMut<'_, f32>) {
+    fn run(&self, isa: Isa, rows: Range<usize>, panels: Range<usize>, out: &RowsMut<'_, f32>) {
         for from in (0..self.k).step_by(DEPTH) {
             let depth = DEPTH.min(self.k - from);
+            let (rows, panels) = (rows.clone(), panels.clone());
             if self.strides.0 != 1 {
-                let strip = &self.a[rows.start * self.strides.0 + from..];
-                self.block(isa, strip, self.strides, from, depth, rows.clone(), panels.clone(), out);
+                let a = &self.a[rows.start * self.strides.0 + from..];
+                let block = Block { a, strides: self.strides, from, depth, rows, panels };
+                dispatch!(isa, tiles(self, &block, out));
                 continue;
             }
             STRIPS.with_borrow_mut(|strips| {
@@ -169,74 +174,103 @@ impl Job<'_> {
                         values[..count].copy_from_slice(&self.a[(from + i) * self.strides.1 + first..][..count]);
                     }
                 }
-                self.block(isa, strips, (1, TILE_ROWS), from, depth, rows.clone(), panels.clone(), out);
+                let block = Block { a: strips, strides: (1, TILE_ROWS), from, depth, rows, panels };
+                dispatch!(isa, tiles(self, &block, out));
             });
         }
     }
+}
 
-    /// Terms `[from, from + depth)` of rows times panels. `a` holds the rows: `strides` apart, or in strips.
-    #[allow(clippy::too_many_arguments)]
-    fn block(
-        &self,
-        isa: Isa,
-        a: &[f32],
-        strides: (usize, usize),
-        from: usize,
-        depth: usize,
-        rows: std::ops::Range<usize>,
-        panels: std::ops::Range<usize>,
-        out: &RowsMut<'_, f32>,
-    ) {
-        let add = self.accumulate || from > 0;
-        let tile_stride = if strides.0 == 1 { depth * TILE_ROWS } else { strides.0 * TILE_ROWS };
-        for panel in panels {
-            let b = &self.b[(panel * self.k + from) * PANEL..][..depth * PANEL];
-            let columns = PANEL.min(self.n - panel * PANEL);
-            for (index, first) in rows.clone().step_by(TILE_ROWS).enumerate() {
-                let count = TILE_ROWS.min(rows.end - first);
-                let mut tile = [[0.0; PANEL]; TILE_ROWS];
-                let a = &a[index * tile_stride..];
-                dispatch!(isa, tile_product(a, strides, b, depth, count, &mut tile));
-                for (i, result) in tile[..count].iter().enumerate() {
-                    let start = self.first_element + (first + i) * self.n + panel * PANEL;
-                    // SAFETY: each task has its own rows and panels of C.
-                    let target = unsafe { out.range(start, columns) };
-                    if add {
-                        target.iter_mut().zip(result).for_each(|(t, y)| *t += y);
-                    } else {
-                        target.copy_from_slice(&result[..columns]);
-                    }
-                }
+/// Terms `[from, from + depth)` of some rows times some panels of C.
+struct Block<'a> {
+    /// The rows of A: `strides` apart, or in strips.
+    a: &'a [f32],
+    strides: (usize, usize),
+    from: usize,
+    depth: usize,
+    rows: Range<usize>,
+    panels: Range<usize>,
+}
+
+/// # Safety
+/// The ISA of `L` must be present, and no other thread may work on the same rows and panels of C.
+#[inline(always)]
+unsafe fn tiles<L: Lanes>(job: &Job<'_>, block: &Block<'_>, out: &RowsMut<'_, f32>) {
+    let (row_tiles, panels) = (block.rows.len().div_ceil(TILE_ROWS), block.panels.len());
+    for i in 0..row_tiles * panels {
+        // Deep panels stay in the first-level cache one at a time, shallow ones together: then C is written in order.
+        let (tile, panel) =
+            if block.depth <= SHALLOW { (i / panels, i % panels) } else { (i % row_tiles, i / row_tiles) };
+        // SAFETY: the caller's promise; distinct (tile, panel) are distinct parts of C.
+        unsafe { one_tile::<L>(job, block, tile, block.panels.start + panel, out) };
+    }
+}
+
+/// # Safety
+/// As [`tiles`].
+#[inline(always)]
+unsafe fn one_tile<L: Lanes>(job: &Job<'_>, block: &Block<'_>, tile: usize, panel: usize, out: &RowsMut<'_, f32>) {
+    let depth = block.depth;
+    let add = job.accumulate || block.from > 0;
+    let first = block.rows.start + tile * TILE_ROWS;
+    let count = TILE_ROWS.min(block.rows.end - first);
+    let tile_stride = if block.strides.0 == 1 { depth } else { block.strides.0 };
+    let a = &block.a[tile * tile_stride * TILE_ROWS..];
+    let b = &job.b[(panel * job.k + block.from) * PANEL..][..depth * PANEL];
+    let columns = PANEL.min(job.n - panel * PANEL);
+    let start = job.first_element + first * job.n + panel * PANEL;
+    let mut rows = [std::ptr::null_mut(); TILE_ROWS];
+    // SAFETY: each task has its own rows and panels of C, so the ranges are disjoint; every row pointed to holds a
+    // whole panel; the caller's promise.
+    unsafe {
+        if columns == PANEL {
+            for (i, row) in rows[..count].iter_mut().enumerate() {
+                *row = out.range(start + i * job.n, PANEL).as_mut_ptr();
+            }
+            return tile_product::<L>(a, block.strides, b, depth, &rows[..count], add);
+        }
+        let mut results = [[0.0f32; PANEL]; TILE_ROWS];
+        for (row, result) in rows[..count].iter_mut().zip(&mut results) {
+            *row = result.as_mut_ptr();
+        }
+        tile_product::<L>(a, block.strides, b, depth, &rows[..count], false);
+        for (i, result) in results[..count].iter().enumerate() {
+            let target = out.range(start + i * job.n, columns);
+            if add {
+                target.iter_mut().zip(result).for_each(|(t, y)| *t += y);
+            } else {
+                target.copy_from_slice(&result[..columns]);
             }
         }
     }
 }
 
 /// # Safety
-/// The ISA of `L` must be present.
+/// The ISA of `L` must be present; each of the 1 to [`TILE_ROWS`] `rows` must be valid for a panel's columns.
 #[inline(always)]
 unsafe fn tile_product<L: Lanes>(
     a: &[f32],
     strides: (usize, usize),
     b: &[f32],
     depth: usize,
-    count: usize,
-    tile: &mut [[f32; PANEL]; TILE_ROWS],
+    rows: &[*mut f32],
+    add: bool,
 ) {
+    let count = rows.len();
     assert!((count - 1) * strides.0 + (depth - 1) * strides.1 < a.len() && b.len() == depth * PANEL);
     for at in (0..PANEL).step_by(2 * L::WIDTH) {
         // SAFETY: the lengths checked above; the caller's promise.
         unsafe {
             match count {
-                8 if L::WIDTH == 16 => columns::<L, 8>(a, strides, b, depth, at, 0, tile),
+                8 if L::WIDTH == 16 => columns::<L, 8>(a, strides, b, depth, at, rows, add),
                 _ => {
-                    for row in (0..count).step_by(4) {
-                        let a = &a[row * strides.0..];
-                        match count - row {
-                            1 => columns::<L, 1>(a, strides, b, depth, at, row, tile),
-                            2 => columns::<L, 2>(a, strides, b, depth, at, row, tile),
-                            3 => columns::<L, 3>(a, strides, b, depth, at, row, tile),
-                            _ => columns::<L, 4>(a, strides, b, depth, at, row, tile),
+                    for (i, rows) in rows.chunks(4).enumerate() {
+                        let a = &a[4 * i * strides.0..];
+                        match rows.len() {
+                            1 => columns::<L, 1>(a, strides, b, depth, at, rows, add),
+                            2 => columns::<L, 2>(a, strides, b, depth, at, rows, add),
+                            3 => columns::<L, 3>(a, strides, b, depth, at, rows, add),
+                            _ => columns::<L, 4>(a, strides, b, depth, at, rows, add),
                         }
                     }
                 }
@@ -246,7 +280,8 @@ unsafe fn tile_product<L: Lanes>(
 }
 
 /// # Safety
-/// `a` holds `M` rows and `b` `depth` rows of a panel; the ISA of `L` must be present.
+/// `a` holds `M` rows, `b` `depth` rows of a panel, `rows` `M` pointers as for [`tile_product`]; the ISA of `L` must be
+/// present.
 #[inline(always)]
 unsafe fn columns<L: Lanes, const M: usize>(
     a: &[f32],
@@ -254,8 +289,8 @@ unsafe fn columns<L: Lanes, const M: usize>(
     b: &[f32],
     depth: usize,
     at: usize,
-    first: usize,
-    tile: &mut [[f32; PANEL]; TILE_ROWS],
+    rows: &[*mut f32],
+    add: bool,
 ) {
     // SAFETY: offsets stay below the lengths that the caller promises.
     unsafe {
@@ -270,10 +305,16 @@ unsafe fn columns<L: Lanes, const M: usize>(
             }
             weights = weights.add(PANEL);
         }
-        for (row, sums) in sums.iter().enumerate() {
-            let out = tile[first + row].as_mut_ptr().add(at);
-            sums[0].store(out);
-            sums[1].store(out.add(L::WIDTH));
+        for (row, &[low, high]) in sums.iter().enumerate() {
+            let out = rows.get_unchecked(row).add(at);
+            let next = out.add(L::WIDTH);
+            if add {
+                L::load(out).add(low).store(out);
+                L::load(next).add(high).store(next);
+            } else {
+                low.store(out);
+                high.store(next);
+            }
         }
     }
 }

@@ -141,6 +141,27 @@ proptest! {
     }
 }
 
+/// Partial panels, partial tiles, several tasks and blocks of k, shallow and deep.
+#[test]
+fn dense_bits_do_not_depend_on_threads() {
+    for (batch, m, n, k) in [(1, 203, 300, 520), (3, 101, 288, 32), (5, 9, 40, 33)] {
+        let (a, b) = (numbers(1, batch * m * k), numbers(2, batch * k * n));
+        for isa in Isa::available() {
+            for transposed in [false, true] {
+                let a = MatRef { data: &a, batch, rows: m, cols: k, transposed };
+                let b = MatRef { data: &b, batch, rows: k, cols: n, transposed };
+                let run = |threads| {
+                    let mut c = numbers(3, batch * m * n);
+                    Cpu::new(isa, threads).matmul(a, b, &mut c, true);
+                    c
+                };
+                let alone = run(1);
+                (2..=4).for_each(|threads| assert_eq!(run(threads), alone, "{} {threads} threads", isa.name()));
+            }
+        }
+    }
+}
+
 #[test]
 fn empty_products_are_empty_sums() {
     let cpu = Cpu::new(Isa::Portable, 2);

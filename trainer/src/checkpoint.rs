@@ -10,11 +10,7 @@ use anyhow::Context;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    config::MaskStage,
-    model::ModelShape,
-    optimizer::Optimizer,
-};
+use crate::{config::MaskStage, model::ModelShape, optimizer::Optimizer};
 
 /// Ids that training and the exported configuration need.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -296,7 +292,12 @@ fn steps(out: &Path) -> anyhow::Result<Vec<usize>> {
 ///
 /// # Errors
 /// When it is of another configuration, or damaged.
-pub fn resume(out: &Path, shape: &ModelShape, config: &str, optimizer: &mut Optimizer) -> anyhow::Result<Option<State>> {
+pub fn resume(
+    out: &Path,
+    shape: &ModelShape,
+    config: &str,
+    optimizer: &mut Optimizer,
+) -> anyhow::Result<Option<State>> {
     let Some(step) = steps(out)?.into_iter().max() else { return Ok(None) };
     let dir = folder(out, step);
     let text = std::fs::read_to_string(dir.join("state.json")).with_context(|| format!("{}", dir.display()))?;

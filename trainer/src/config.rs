@@ -12,6 +12,9 @@ use crate::{
     schedule::{Decay, Schedule},
 };
 
+/// Largest block.
+const BLOCK_MAX: usize = 256;
+
 /// The configuration as written. Unknown keys are errors.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -221,72 +224,24 @@ pub struct MaskStage {
     pub settings: Settings,
 }
 
+/// Texts of the conditions that do not hold.
+fn failed<const N: usize>(conditions: [(bool, String); N]) -> Vec<String> {
+    conditions.into_iter().filter(|(holds, _)| !holds).map(|(_, text)| text).collect()
+}
+
 impl RawMaskStage {
     /// Checks everything.
     ///
     /// # Errors
     /// All problems, one per line, each beginning with its key.
     pub fn validate(self) -> anyhow::Result<MaskStage> {
-        let mut problems = Vec::new();
-        let mut need = |ok: bool, text: String| {
-            if !ok {
-                problems.push(text);
-            }
-        };
-        let RawModel { hidden_size, intermediate_size, num_hidden_layers: layers, head_dim, .. } = self.model;
-        let (heads, kv_heads) = (self.model.num_attention_heads, self.model.num_key_value_heads);
-        for (key, value) in [
-            ("steps", self.steps),
-            ("model.hidden_size", hidden_size),
-            ("model.intermediate_size", intermediate_size),
-            ("model.num_hidden_layers", layers),
-            ("model.num_attention_heads", heads),
-            ("model.num_key_value_heads", kv_heads),
-            ("batch.tokens", self.batch.tokens),
-            ("batch.length", self.batch.length),
-            ("batch.micro_rows", self.batch.micro_rows),
-            ("eval.every", self.eval.every),
-            ("eval.documents", self.eval.documents),
-            ("checkpoint.every", self.checkpoint.every),
-            ("checkpoint.keep", self.checkpoint.keep),
-            ("decode.max_tokens", self.decode.max_tokens),
-        ] {
-            need(value > 0, format!("{key}: must be at least 1"));
-        }
-        let even = head_dim > 0 && head_dim.is_multiple_of(2);
-        need(even, format!("model.head_dim: must be even and at least 2, not {head_dim}"));
-        let divides = kv_heads > 0 && heads.is_multiple_of(kv_heads);
-        need(divides, format!("model.num_key_value_heads: {kv_heads} must divide num_attention_heads {heads}"));
-        need(self.model.rms_norm_eps > 0.0, "model.rms_norm_eps: must be positive".into());
-        need(self.model.rope_theta > 1.0, "model.rope_theta: must be above 1".into());
-        let sizes = &self.batch.block_sizes;
-        let good = !sizes.is_empty() && sizes.iter().all(|&b| b.is_power_of_two() && (2..=256).contains(&b));
-        need(good, format!("batch.block_sizes: powers of two from 2 to 256, at least one, not {sizes:?}"));
-        let largest = sizes.iter().copied().max().unwrap_or(1);
-        let longest = self.batch.length.next_multiple_of(largest.max(1));
-        let positions = self.model.max_position_embeddings;
-        let room = longest <= positions;
-        need(room, format!("batch.length: {longest} with filling exceeds model.max_position_embeddings {positions}"));
-        let block = self.decode.block_size;
-        need(sizes.contains(&block), format!("decode.block_size: {block} is not in batch.block_sizes"));
-        need(self.decode.tau > 0.0 && self.decode.tau <= 1.0, "decode.tau: must be in (0, 1]".into());
-        let lambda = self.batch.next_token;
-        need((0.0..=10.0).contains(&lambda), format!("batch.next_token: must be in [0, 10], not {lambda}"));
-        let o = &self.optimizer;
-        need(o.rate > 0.0 && o.rate < 1.0, "optimizer.rate: must be in (0, 1)".into());
-        need(o.warm_up <= self.steps, "optimizer.warm_up: exceeds steps".into());
-        need((0.0..=1.0).contains(&o.floor), "optimizer.floor: must be in [0, 1]".into());
-        need((0.0..1.0).contains(&o.beta1), "optimizer.beta1: must be in [0, 1)".into());
-        need((0.0..1.0).contains(&o.beta2), "optimizer.beta2: must be in [0, 1)".into());
-        need(o.weight_decay >= 0.0, "optimizer.weight_decay: must not be negative".into());
-        need(o.clip > 0.0, "optimizer.clip: must be positive".into());
-        need(o.average.is_none_or(|d| (0.0..1.0).contains(&d)), "optimizer.average: must be in [0, 1)".into());
-        if let Decay::Linear { share } = o.decay {
-            need(share > 0.0 && share <= 1.0, "optimizer.decay.linear.share: must be in (0, 1]".into());
-        }
+        let mut problems = self.wrong_sizes();
+        problems.extend(self.wrong_model());
+        problems.extend(self.wrong_batch());
+        problems.extend(self.wrong_optimizer());
         anyhow::ensure!(problems.is_empty(), "the configuration has errors:\n  {}", problems.join("\n  "));
-        let schedule =
-            Schedule { peak: o.rate, warm_up: o.warm_up, steps: self.steps, decay: o.decay, floor: o.floor };
+        let o = &self.optimizer;
+        let schedule = Schedule { peak: o.rate, warm_up: o.warm_up, steps: self.steps, decay: o.decay, floor: o.floor };
         let settings = Settings {
             rule: o.rule,
             beta1: o.beta1,
@@ -299,6 +254,80 @@ impl RawMaskStage {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if self.threads == 0 { cores } else { self.threads };
         Ok(MaskStage { raw: self, threads, schedule, settings })
+    }
+
+    fn wrong_sizes(&self) -> Vec<String> {
+        let sizes = [
+            ("steps", self.steps),
+            ("model.hidden_size", self.model.hidden_size),
+            ("model.intermediate_size", self.model.intermediate_size),
+            ("model.num_hidden_layers", self.model.num_hidden_layers),
+            ("model.num_attention_heads", self.model.num_attention_heads),
+            ("model.num_key_value_heads", self.model.num_key_value_heads),
+            ("batch.tokens", self.batch.tokens),
+            ("batch.length", self.batch.length),
+            ("batch.micro_rows", self.batch.micro_rows),
+            ("eval.every", self.eval.every),
+            ("eval.documents", self.eval.documents),
+            ("checkpoint.every", self.checkpoint.every),
+            ("checkpoint.keep", self.checkpoint.keep),
+            ("decode.max_tokens", self.decode.max_tokens),
+        ];
+        let wrong = sizes.into_iter().filter(|(_, value)| *value == 0);
+        wrong.map(|(key, _)| format!("{key}: must be at least 1")).collect()
+    }
+
+    fn wrong_model(&self) -> Vec<String> {
+        let RawModel { head_dim, num_attention_heads: heads, num_key_value_heads: kv_heads, .. } = self.model;
+        failed([
+            (
+                head_dim > 0 && head_dim.is_multiple_of(2),
+                format!("model.head_dim: must be even and at least 2, not {head_dim}"),
+            ),
+            (
+                kv_heads > 0 && heads.is_multiple_of(kv_heads),
+                format!("model.num_key_value_heads: {kv_heads} must divide num_attention_heads {heads}"),
+            ),
+            (self.model.rms_norm_eps > 0.0, "model.rms_norm_eps: must be positive".into()),
+            (self.model.rope_theta > 1.0, "model.rope_theta: must be above 1".into()),
+        ])
+    }
+
+    fn wrong_batch(&self) -> Vec<String> {
+        let sizes = &self.batch.block_sizes;
+        let good = !sizes.is_empty() && sizes.iter().all(|&b| b.is_power_of_two() && (2..=BLOCK_MAX).contains(&b));
+        let longest = self.batch.length.next_multiple_of(sizes.iter().copied().max().unwrap_or(1).max(1));
+        let positions = self.model.max_position_embeddings;
+        let (block, tau, lambda) = (self.decode.block_size, self.decode.tau, self.batch.next_token);
+        failed([
+            (good, format!("batch.block_sizes: powers of two from 2 to {BLOCK_MAX}, at least one, not {sizes:?}")),
+            (
+                longest <= positions,
+                format!("batch.length: {longest} with filling exceeds model.max_position_embeddings {positions}"),
+            ),
+            (sizes.contains(&block), format!("decode.block_size: {block} is not in batch.block_sizes")),
+            (tau > 0.0 && tau <= 1.0, format!("decode.tau: must be in (0, 1], not {tau}")),
+            ((0.0..=10.0).contains(&lambda), format!("batch.next_token: must be in [0, 10], not {lambda}")),
+        ])
+    }
+
+    fn wrong_optimizer(&self) -> Vec<String> {
+        let o = &self.optimizer;
+        let share = match o.decay {
+            Decay::Linear { share } => share,
+            Decay::Cosine => 1.0,
+        };
+        failed([
+            (o.rate > 0.0 && o.rate < 1.0, format!("optimizer.rate: must be in (0, 1), not {}", o.rate)),
+            (o.warm_up <= self.steps, format!("optimizer.warm_up: {} exceeds steps {}", o.warm_up, self.steps)),
+            ((0.0..=1.0).contains(&o.floor), format!("optimizer.floor: must be in [0, 1], not {}", o.floor)),
+            ((0.0..1.0).contains(&o.beta1), format!("optimizer.beta1: must be in [0, 1), not {}", o.beta1)),
+            ((0.0..1.0).contains(&o.beta2), format!("optimizer.beta2: must be in [0, 1), not {}", o.beta2)),
+            (o.weight_decay >= 0.0, "optimizer.weight_decay: must not be negative".into()),
+            (o.clip > 0.0, "optimizer.clip: must be positive".into()),
+            (o.average.is_none_or(|d| (0.0..1.0).contains(&d)), "optimizer.average: must be in [0, 1)".into()),
+            (share > 0.0 && share <= 1.0, format!("optimizer.decay.linear.share: must be in (0, 1], not {share}")),
+        ])
     }
 }
 

@@ -1,7 +1,7 @@
 //! Quality of a model: how often it writes programs that pass their tests, and in how few passes.
 
-use crate::tasks::verify::{Limits, Outcome, Program, run};
 use crate::tasks::Task;
+use crate::tasks::verify::{Limits, Outcome, Program, run};
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use std::path::Path;

@@ -12,7 +12,10 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::{
     layout::Batch,
-    ops::{Heads, attend, attend::Attend, embed::Embed, feed_forward, feed_forward::FeedForward, head::Head, rotary::Rotary},
+    ops::{
+        Heads, attend, attend::Attend, embed::Embed, feed_forward, feed_forward::FeedForward, head::Head,
+        rotary::Rotary,
+    },
 };
 
 /// Sizes of a model.

@@ -7,9 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     model::{Kind, ModelShape, Segment},
-    ops::{
-        math, matrix, product, with_floats,
-    },
+    ops::{math, matrix, product, with_floats},
 };
 
 /// Steps of the Newton-Schulz iteration.
@@ -91,7 +89,8 @@ impl Optimizer {
         let factor = (self.settings.clip / norm.max(1e-12)).min(1.0);
         self.updates += 1;
         let (settings, updates) = (self.settings, self.updates);
-        let state = self.weights.par_iter_mut().zip(&mut self.first).zip(&mut self.second).zip(sums).zip(&self.segments);
+        let state =
+            self.weights.par_iter_mut().zip(&mut self.first).zip(&mut self.second).zip(sums).zip(&self.segments);
         state.for_each(|((((weights, first), second), gradient), segments)| {
             for segment in segments {
                 let range = segment.range();
@@ -153,14 +152,17 @@ impl Part<'_> {
         let step = i32::try_from(updates).unwrap_or(i32::MAX);
         let (bias1, bias2) = (1.0 - beta1.powi(step), 1.0 - beta2.powi(step));
         let Part { weights, first, second, gradient } = self;
-        math::vectorized(#[inline(always)] || {
-            for (((w, m), v), g) in weights.iter_mut().zip(&mut *first).zip(&mut *second).zip(gradient) {
-                let g = g * factor;
-                *m = beta1 * *m + (1.0 - beta1) * g;
-                *v = beta2 * *v + (1.0 - beta2) * g * g;
-                *w -= decay * *w + rate * (*m / bias1) / ((*v / bias2).sqrt() + eps);
-            }
-        });
+        math::vectorized(
+            #[inline(always)]
+            || {
+                for (((w, m), v), g) in weights.iter_mut().zip(&mut *first).zip(&mut *second).zip(gradient) {
+                    let g = g * factor;
+                    *m = beta1 * *m + (1.0 - beta1) * g;
+                    *v = beta2 * *v + (1.0 - beta2) * g * g;
+                    *w -= decay * *w + rate * (*m / bias1) / ((*v / bias2).sqrt() + eps);
+                }
+            },
+        );
     }
 
     fn muon(self, settings: &Settings, segment: &Segment, factor: f32, rate: f32) {

@@ -36,7 +36,8 @@ impl Schedule {
         if step < self.warm_up {
             return self.peak * (step + 1) as f64 / self.warm_up as f64;
         }
-        let left = |from: f64| ((self.steps as f64 - step as f64) / (self.steps as f64 - from).max(1.0)).clamp(0.0, 1.0);
+        let left =
+            |from: f64| ((self.steps as f64 - step as f64) / (self.steps as f64 - from).max(1.0)).clamp(0.0, 1.0);
         let share = match self.decay {
             Decay::Cosine => 0.5 - 0.5 * (std::f64::consts::PI * left(self.warm_up as f64)).cos(),
             Decay::Linear { share } => left(self.steps as f64 * (1.0 - share)),
@@ -51,8 +52,7 @@ mod tests {
 
     #[test]
     fn warms_up_holds_and_decays() {
-        let schedule =
-            Schedule { peak: 1.0, warm_up: 10, steps: 100, decay: Decay::Linear { share: 0.2 }, floor: 0.1 };
+        let schedule = Schedule { peak: 1.0, warm_up: 10, steps: 100, decay: Decay::Linear { share: 0.2 }, floor: 0.1 };
         assert!((schedule.rate(0) - 0.1).abs() < 1e-9);
         assert!((schedule.rate(10) - 1.0).abs() < 1e-9);
         assert!((schedule.rate(79) - 1.0).abs() < 1e-9);

@@ -1,6 +1,9 @@
 //! The mask stage: block diffusion over masked tokens with next-token loss on the clean half.
 
-use std::{path::{Path, PathBuf}, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::Context;
 use rand::Rng;

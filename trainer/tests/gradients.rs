@@ -1,5 +1,5 @@
 //! The model against a slow f64 definition: loss, attention rule, gradients, and what must not leak.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::needless_range_loop)]
 
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -80,8 +80,7 @@ fn logits(weights: &[Vec<f64>], example: &Example) -> Vec<Vec<f64>> {
     };
     let table = &get("model.embed_tokens.weight".into()).0;
     let ids = example.noisy.iter().chain(&example.clean);
-    let mut x: Vec<Vec<f64>> =
-        ids.map(|&id| table[id as usize * s.hidden..][..s.hidden].to_vec()).collect();
+    let mut x: Vec<Vec<f64>> = ids.map(|&id| table[id as usize * s.hidden..][..s.hidden].to_vec()).collect();
     let dim = s.heads.head_dim;
     for layer in 0..s.layers {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
@@ -241,11 +240,8 @@ fn gradients_are_deterministic() {
     let examples: Vec<Example> = (1..12).map(|n| example(n, 8, &mut rng)).collect();
     let run = |threads| {
         let (parts, losses) = gradients(&model, &examples, 0.3, Spread { micro_rows: 300, threads }).unwrap();
-        let flat: Vec<f32> = parts
-            .iter()
-            .flatten()
-            .flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap())
-            .collect();
+        let flat: Vec<f32> =
+            parts.iter().flatten().flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect();
         (flat, losses)
     };
     assert_eq!(run(2), run(2));

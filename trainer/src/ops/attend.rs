@@ -7,8 +7,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use super::{
     Heads, Saved,
     attention::{Document, attention, attention_backward},
-    floats,
-    math, matrix, product, put,
+    floats, math, matrix, product, put,
     rotary::{QkNorm, Rotary, norm_rotate, norm_rotate_backward},
     take, tensor, with_floats,
 };
@@ -145,9 +144,8 @@ impl CustomOp2 for Attend {
 
     fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, dout: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let hidden = x.dim(1)?;
-        let (dx, dw) = with_floats(x, |xs| {
-            with_floats(w, |ws| with_floats(dout, |dout| self.backward(xs, ws, dout, hidden)))
-        })?;
+        let (dx, dw) =
+            with_floats(x, |xs| with_floats(w, |ws| with_floats(dout, |dout| self.backward(xs, ws, dout, hidden))))?;
         Ok((Some(tensor(dx, x.shape())?), Some(tensor(dw, w.shape())?)))
     }
 }

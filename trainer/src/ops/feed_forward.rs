@@ -3,10 +3,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::{
-    Saved, floats,
-    math, matrix, product, put, take, tensor, with_floats,
-};
+use super::{Saved, floats, math, matrix, product, put, take, tensor, with_floats};
 
 /// (rows, hidden) x flat weights -> (rows, hidden). Flat weights, in order: gate (inner, hidden), up (inner, hidden),
 /// down (hidden, inner), norm (hidden).
@@ -28,30 +25,36 @@ pub fn weight_count(hidden: usize, inner: usize) -> usize {
 
 /// `out = silu(gate) * up` for rows of (gate, up).
 fn activate(gate_up: &[f32], inner: usize, out: &mut [f32]) {
-    math::vectorized(#[inline(always)] || {
-        for (row, out) in gate_up.chunks_exact(2 * inner).zip(out.chunks_exact_mut(inner)) {
-            let (gate, up) = row.split_at(inner);
-            for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                *out = g * u / (1.0 + math::exp(-g));
+    math::vectorized(
+        #[inline(always)]
+        || {
+            for (row, out) in gate_up.chunks_exact(2 * inner).zip(out.chunks_exact_mut(inner)) {
+                let (gate, up) = row.split_at(inner);
+                for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                    *out = g * u / (1.0 + math::exp(-g));
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// Turns `gate_up` into its own gradient, given that of [`activate`]'s result.
 fn activate_backward(gate_up: &mut [f32], inner: usize, dout: &[f32]) {
-    math::vectorized(#[inline(always)] || {
-        for (row, dout) in gate_up.chunks_exact_mut(2 * inner).zip(dout.chunks_exact(inner)) {
-            let (gate, up) = row.split_at_mut(inner);
-            for ((g, u), &d) in gate.iter_mut().zip(up).zip(dout) {
-                let sigmoid = 1.0 / (1.0 + math::exp(-*g));
-                let silu = *g * sigmoid;
-                let slope = sigmoid + silu * (1.0 - sigmoid);
-                *g = d * *u * slope;
-                *u = d * silu;
+    math::vectorized(
+        #[inline(always)]
+        || {
+            for (row, dout) in gate_up.chunks_exact_mut(2 * inner).zip(dout.chunks_exact(inner)) {
+                let (gate, up) = row.split_at_mut(inner);
+                for ((g, u), &d) in gate.iter_mut().zip(up).zip(dout) {
+                    let sigmoid = 1.0 / (1.0 + math::exp(-*g));
+                    let silu = *g * sigmoid;
+                    let slope = sigmoid + silu * (1.0 - sigmoid);
+                    *g = d * *u * slope;
+                    *u = d * silu;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 impl FeedForward {
@@ -119,9 +122,8 @@ impl CustomOp2 for FeedForward {
 
     fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, dout: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let hidden = x.dim(1)?;
-        let (dx, dw) = with_floats(x, |xs| {
-            with_floats(w, |ws| with_floats(dout, |dout| self.backward(xs, ws, dout, hidden)))
-        })?;
+        let (dx, dw) =
+            with_floats(x, |xs| with_floats(w, |ws| with_floats(dout, |dout| self.backward(xs, ws, dout, hidden))))?;
         Ok((Some(tensor(dx, x.shape())?), Some(tensor(dw, w.shape())?)))
     }
 }

@@ -5,10 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::{
-    Saved, floats,
-    math, matrix, product, put, take, tensor,
-};
+use super::{Saved, floats, math, matrix, product, put, take, tensor};
 
 /// Rows of logits that exist at once.
 const CHUNK_ROWS: usize = 256;
@@ -80,11 +77,14 @@ impl Head {
             let logits = &mut logits[..m * vocabulary];
             let normed = &mut normed[..m * hidden];
             product(matrix(normed, hidden), matrix(table, hidden).t(), logits, false);
-            math::vectorized(#[inline(always)] || {
-                for ((logits, &token), &weight) in logits.chunks_exact_mut(vocabulary).zip(tokens).zip(weights) {
-                    losses.push(cross_entropy(logits, self.banned as usize, token as usize, weight));
-                }
-            });
+            math::vectorized(
+                #[inline(always)]
+                || {
+                    for ((logits, &token), &weight) in logits.chunks_exact_mut(vocabulary).zip(tokens).zip(weights) {
+                        losses.push(cross_entropy(logits, self.banned as usize, token as usize, weight));
+                    }
+                },
+            );
             if !self.keep {
                 continue;
             }
@@ -139,10 +139,6 @@ impl CustomOp3 for Head {
             math::scale(&mut gradients.dtable, factor);
         }
         let Gradients { dx, dnorm, dtable } = gradients;
-        Ok((
-            Some(tensor(dx, x.shape())?),
-            Some(tensor(dnorm, norm.shape())?),
-            Some(tensor(dtable, table.shape())?),
-        ))
+        Ok((Some(tensor(dx, x.shape())?), Some(tensor(dnorm, norm.shape())?), Some(tensor(dtable, table.shape())?)))
     }
 }

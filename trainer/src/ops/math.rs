@@ -149,21 +149,27 @@ pub fn norm_row_backward(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &m
 
 /// [`norm_row`] for every row of width `weight.len()`.
 pub fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    vectorized(#[inline(always)] || {
-        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-            norm_row(x, weight, eps, out);
-        }
-    });
+    vectorized(
+        #[inline(always)]
+        || {
+            for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+                norm_row(x, weight, eps, out);
+            }
+        },
+    );
 }
 
 /// [`norm_row_backward`] for every row.
 pub fn norm_rows_backward(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32], dweight: &mut [f32]) {
     let width = weight.len();
-    vectorized(#[inline(always)] || {
-        for ((x, dy), dx) in x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
-            norm_row_backward(x, weight, eps, dy, dx, dweight);
-        }
-    });
+    vectorized(
+        #[inline(always)]
+        || {
+            for ((x, dy), dx) in x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
+                norm_row_backward(x, weight, eps, dy, dx, dweight);
+            }
+        },
+    );
 }
 
 #[cfg(test)]

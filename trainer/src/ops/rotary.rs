@@ -41,22 +41,25 @@ pub struct QkNorm<'a> {
 pub fn norm_rotate(qkv: &[f32], heads: &Heads, positions: &[u32], rotary: &Rotary, norm: QkNorm<'_>, out: &mut [f32]) {
     let (width, dim) = (heads.width(), heads.head_dim);
     let turned = (heads.heads + heads.kv_heads) * dim;
-    math::vectorized(#[inline(always)] || {
-        for ((x, y), &position) in qkv.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(positions) {
-            let (cos, sin) = rotary.row(position);
-            for (head, (x, y)) in x[..turned].chunks_exact(dim).zip(y[..turned].chunks_exact_mut(dim)).enumerate() {
-                let weight = if head < heads.heads { norm.q } else { norm.k };
-                math::norm_row(x, weight, norm.eps, y);
-                let (low, high) = y.split_at_mut(rotary.half);
-                for i in 0..rotary.half {
-                    let (a, b) = (low[i], high[i]);
-                    low[i] = a * cos[i] - b * sin[i];
-                    high[i] = b * cos[i] + a * sin[i];
+    math::vectorized(
+        #[inline(always)]
+        || {
+            for ((x, y), &position) in qkv.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(positions) {
+                let (cos, sin) = rotary.row(position);
+                for (head, (x, y)) in x[..turned].chunks_exact(dim).zip(y[..turned].chunks_exact_mut(dim)).enumerate() {
+                    let weight = if head < heads.heads { norm.q } else { norm.k };
+                    math::norm_row(x, weight, norm.eps, y);
+                    let (low, high) = y.split_at_mut(rotary.half);
+                    for i in 0..rotary.half {
+                        let (a, b) = (low[i], high[i]);
+                        low[i] = a * cos[i] - b * sin[i];
+                        high[i] = b * cos[i] + a * sin[i];
+                    }
                 }
+                y[turned..].copy_from_slice(&x[turned..]);
             }
-            y[turned..].copy_from_slice(&x[turned..]);
-        }
-    });
+        },
+    );
 }
 
 /// Gradient of [`norm_rotate`]: `dy` (of its result) becomes the gradient of `qkv` in place; `dnorm` collects the
@@ -73,22 +76,26 @@ pub fn norm_rotate_backward(
     let (width, dim) = (heads.width(), heads.head_dim);
     let turned = (heads.heads + heads.kv_heads) * dim;
     let mut straight = vec![0.0f32; dim];
-    math::vectorized(#[inline(always)] || {
-        for ((x, dy), &position) in qkv.chunks_exact(width).zip(dy.chunks_exact_mut(width)).zip(positions) {
-            let (cos, sin) = rotary.row(position);
-            for (head, (x, dy)) in x[..turned].chunks_exact(dim).zip(dy[..turned].chunks_exact_mut(dim)).enumerate() {
-                let (low, high) = straight.split_at_mut(rotary.half);
-                for i in 0..rotary.half {
-                    let (a, b) = (dy[i], dy[i + rotary.half]);
-                    low[i] = a * cos[i] + b * sin[i];
-                    high[i] = b * cos[i] - a * sin[i];
+    math::vectorized(
+        #[inline(always)]
+        || {
+            for ((x, dy), &position) in qkv.chunks_exact(width).zip(dy.chunks_exact_mut(width)).zip(positions) {
+                let (cos, sin) = rotary.row(position);
+                for (head, (x, dy)) in x[..turned].chunks_exact(dim).zip(dy[..turned].chunks_exact_mut(dim)).enumerate()
+                {
+                    let (low, high) = straight.split_at_mut(rotary.half);
+                    for i in 0..rotary.half {
+                        let (a, b) = (dy[i], dy[i + rotary.half]);
+                        low[i] = a * cos[i] + b * sin[i];
+                        high[i] = b * cos[i] - a * sin[i];
+                    }
+                    let query = head < heads.heads;
+                    let weight = if query { norm.q } else { norm.k };
+                    let dweight = if query { &mut *dq_norm } else { &mut *dk_norm };
+                    dy.fill(0.0);
+                    math::norm_row_backward(x, weight, norm.eps, &straight, dy, dweight);
                 }
-                let query = head < heads.heads;
-                let weight = if query { norm.q } else { norm.k };
-                let dweight = if query { &mut *dq_norm } else { &mut *dk_norm };
-                dy.fill(0.0);
-                math::norm_row_backward(x, weight, norm.eps, &straight, dy, dweight);
             }
-        }
-    });
+        },
+    );
 }

@@ -186,14 +186,24 @@ const OUTCOMES: [Outcome; 22] = [
         body: &["product = 1", "for {x} in {a}:", "{when}", ">product *= {e}", "return product"],
         of: Of::Numbers,
     },
-    Outcome { name: "total_of_{}", phrase: "Add up the {}", body: &["return sum({e} for {x} in {a}{if})"], of: Of::Numbers },
+    Outcome {
+        name: "total_of_{}",
+        phrase: "Add up the {}",
+        body: &["return sum({e} for {x} in {a}{if})"],
+        of: Of::Numbers,
+    },
     Outcome {
         name: "count_{}",
         phrase: "Return the number of {}",
         body: &["count = 0", "for {x} in {a}:", "{when}", ">count += 1", "return count"],
         of: Of::Condition,
     },
-    Outcome { name: "list_{}", phrase: "Return a list of the {}", body: &["return [{e} for {x} in {a}{if}]"], of: Of::Anything },
+    Outcome {
+        name: "list_{}",
+        phrase: "Return a list of the {}",
+        body: &["return [{e} for {x} in {a}{if}]"],
+        of: Of::Anything,
+    },
     Outcome {
         name: "collect_{}",
         phrase: "Collect the {} in a list",
@@ -228,10 +238,20 @@ const OUTCOMES: [Outcome; 22] = [
     Outcome {
         name: "average_of_{}",
         phrase: "Return the average of the {}, or 0 if there are none",
-        body: &["values_found = [{e} for {x} in {a}{if}]", "if not values_found:", "    return 0", "return sum(values_found) / len(values_found)"],
+        body: &[
+            "values_found = [{e} for {x} in {a}{if}]",
+            "if not values_found:",
+            "    return 0",
+            "return sum(values_found) / len(values_found)",
+        ],
         of: Of::Numbers,
     },
-    Outcome { name: "has_{}", phrase: "Return True if there are any {}", body: &["return any({c} for {x} in {a})"], of: Of::Condition },
+    Outcome {
+        name: "has_{}",
+        phrase: "Return True if there are any {}",
+        body: &["return any({c} for {x} in {a})"],
+        of: Of::Condition,
+    },
     Outcome {
         name: "only_{}",
         phrase: "Return True if there are only {}",
@@ -292,11 +312,17 @@ const OUTCOMES: [Outcome; 22] = [
         body: &["result = {}", "for {x} in {a}:", "{when}", ">result[{x}] = {e}", "return result"],
         of: Of::Transformed,
     },
-    Outcome { name: "join_{}{s}", phrase: "Join the {} with '{j}'", body: &["return '{j}'.join({e} for {x} in {a}{if})"], of: Of::Strings },
+    Outcome {
+        name: "join_{}{s}",
+        phrase: "Join the {} with '{j}'",
+        body: &["return '{j}'.join({e} for {x} in {a}{if})"],
+        of: Of::Strings,
+    },
 ];
 
 /// Separators of joined strings, and what names call them.
-const SEPARATORS: [(&str, &str); 5] = [("-", "_with_dashes"), (", ", "_with_commas"), (" ", "_with_spaces"), ("", ""), ("/", "_with_slashes")];
+const SEPARATORS: [(&str, &str); 5] =
+    [("-", "_with_dashes"), (", ", "_with_commas"), (" ", "_with_spaces"), ("", ""), ("/", "_with_slashes")];
 /// Chance that a name leaves out the noun where only a transformation is left: `sum_of_squares`.
 const SHORT_NAME_SHARE: f64 = 0.5;
 

@@ -103,7 +103,10 @@ impl Snippet {
             description: fill(&pick(&self.descriptions, rng)),
             body: self.body.iter().map(|line| fill(&substitute(line, &recursive))).collect(),
             calls: self.calls.iter().map(|call| fill(call)).collect(),
-            needs_description: self.constants.iter().any(|(k, _)| !self.names.iter().any(|name| name.contains(k.as_str()))),
+            needs_description: self
+                .constants
+                .iter()
+                .any(|(k, _)| !self.names.iter().any(|name| name.contains(k.as_str()))),
             name,
         }
     }

@@ -90,8 +90,7 @@ pub fn run(programs: &[Program], limits: &Limits) -> anyhow::Result<Vec<Outcome>
 fn answers(programs: &[Program], limits: &Limits) -> anyhow::Result<Vec<Answer>> {
     let share = programs.len().div_ceil(limits.processes.max(1)).max(1);
     let parts: Vec<anyhow::Result<Vec<Answer>>> = std::thread::scope(|scope| {
-        let workers: Vec<_> =
-            programs.chunks(share).map(|part| scope.spawn(move || run_part(part, limits))).collect();
+        let workers: Vec<_> = programs.chunks(share).map(|part| scope.spawn(move || run_part(part, limits))).collect();
         workers.into_iter().map(|w| w.join().unwrap_or_else(|_| bail!("a verifier thread panicked"))).collect()
     });
     let mut all = Vec::with_capacity(programs.len());
@@ -167,8 +166,11 @@ pub fn with_expected_results(tasks: &[Task]) -> anyhow::Result<Vec<Task>> {
             continue;
         }
         let results: Vec<String> = serde_json::from_str(&answer.detail)?;
-        let lines: String =
-            calls.iter().zip(results).map(|(call, result)| format!("    assert candidate{call} == {result}\n")).collect();
+        let lines: String = calls
+            .iter()
+            .zip(results)
+            .map(|(call, result)| format!("    assert candidate{call} == {result}\n"))
+            .collect();
         kept.push(Task { test: format!("def check(candidate):\n{lines}"), ..task.clone() });
     }
     Ok(kept)

@@ -1,0 +1,415 @@
+//! What may be typed.
+
+use crate::request::PolicyArg;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use unmask_engine::Reach;
+use unmask_kernels::WeightType;
+
+/// Serves and makes diffusion language models.
+#[derive(Debug, Parser)]
+#[command(name = "unmask", version, about, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write a completion, block by block
+    #[command(after_help = "Examples:
+  unmask generate \"def sum_of_squares(numbers):\"
+  unmask generate --block-size 32 --policy threshold=0.7 \"def is_prime(n):\"
+  unmask generate --endpoint http://127.0.0.1:7700 --json \"def fib(n):\"
+  echo \"def reverse_string(text):\" | unmask generate")]
+    Generate(GenerateArgs),
+    /// Run everything on this machine
+    #[command(after_help = "Examples:
+  unmask up
+  unmask up --port 0 --json --model models/python-tasks-3m")]
+    Up(UpArgs),
+    /// Run a gateway
+    #[command(after_help = "Example:\n  unmask gateway --listen 127.0.0.1:7700 --controller 127.0.0.1:7701")]
+    Gateway(GatewayArgs),
+    /// Run a controller
+    #[command(after_help = "Example:\n  unmask controller --listen 127.0.0.1:7701 --store embedded:/var/lib/unmask")]
+    Controller(ControllerArgs),
+    /// Run a worker
+    #[command(after_help = "Example:
+  unmask worker --listen 127.0.0.1:7702 --controller 127.0.0.1:7701 --model models/python-tasks-3m")]
+    Worker(WorkerArgs),
+    /// Show a model's configuration, every value with its origin
+    #[command(after_help = "Example:\n  unmask inspect models/python-tasks-3m")]
+    Inspect(InspectArgs),
+    /// Write the raw head rows of given token ids
+    #[command(after_help = "Example:\n  unmask logits --model DIR --ids 1,2,3 --reach causal --out logits.safetensors")]
+    Logits(LogitsArgs),
+    /// Decode given token ids, with the pass and confidence of every commit
+    #[command(after_help = "Examples:
+  unmask decode --model DIR --ids 1,2,3 --params '{\"max_tokens\": 32, \"threshold\": 0.9}' --json
+  unmask decode --model DIR --ids 1,2,3 --loop sdar --params '{\"gen_length\": 16, \"denoising_steps\": 4, \"remasking_strategy\": \"low_confidence_static\"}'")]
+    Decode(DecodeArgs),
+    /// Compare with reference data in the format golden/1
+    #[command(after_help = "Example:\n  unmask verify tests/golden/* --out actual")]
+    Verify(VerifyArgs),
+    /// Make a model
+    Train(TrainArgs),
+}
+
+/// Type of the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// 4 bytes a weight
+    F32,
+    /// 2 bytes a weight
+    Bf16,
+}
+
+impl Dtype {
+    /// As the kernels name it.
+    pub fn weights(self) -> WeightType {
+        match self {
+            Dtype::F32 => WeightType::F32,
+            Dtype::Bf16 => WeightType::Bf16,
+        }
+    }
+}
+
+/// How far rows attend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ReachArg {
+    /// To themselves
+    Causal,
+    /// To the end of their block
+    #[value(name = "block_causal")]
+    BlockCausal,
+    /// To the end of the sequence
+    Bidirectional,
+}
+
+impl ReachArg {
+    /// As the engine names it.
+    pub fn reach(self) -> Reach {
+        match self {
+            ReachArg::Causal => Reach::Causal,
+            ReachArg::BlockCausal => Reach::Block,
+            ReachArg::Bidirectional => Reach::Bidirectional,
+        }
+    }
+}
+
+/// Where and how the model of a local cluster runs.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// Folder or name of the model; the bundled one when absent
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: Dtype,
+    /// Threads of the forward pass; 0 for all cores
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+}
+
+/// `unmask generate`
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// What to continue; `-` or nothing reads standard input
+    pub prompt: Option<String>,
+    /// Ask a gateway instead of starting one in this process
+    #[arg(long, value_name = "URL")]
+    pub endpoint: Option<String>,
+    /// The model, and how it runs in this process
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Take the prompt as a user's message and render the model's chat template
+    #[arg(long)]
+    pub chat: bool,
+    /// Text after the gap to fill
+    #[arg(long)]
+    pub suffix: Option<String>,
+    /// Most tokens to generate
+    #[arg(long)]
+    pub max_tokens: Option<u32>,
+    /// Positions decoded together
+    #[arg(long)]
+    pub block_size: Option<u32>,
+    /// threshold=TAU, fixed=STEPS, factor=F, entropy=NATS, hierarchical=LOW,HIGH, joint-edit=TAU,TAU_EDIT,POST_STEPS or
+    /// autoregressive
+    #[arg(long, value_name = "POLICY")]
+    pub policy: Option<PolicyArg>,
+    /// 0 is greedy
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Smallest set of this probability
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Best tokens to draw from
+    #[arg(long)]
+    pub top_k: Option<u32>,
+    /// Of the draws
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Text to stop before; may be repeated
+    #[arg(long)]
+    pub stop: Vec<String>,
+    /// Wall clock of the request
+    #[arg(long, value_name = "MS")]
+    pub time_limit_ms: Option<u64>,
+    /// Forward passes the request may use
+    #[arg(long)]
+    pub nfe_cap: Option<u32>,
+    /// Print every event as a JSON object per line
+    #[arg(long)]
+    pub json: bool,
+    /// No summary
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// `unmask up`
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// The model, and how it runs
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: std::net::IpAddr,
+    /// Port of the gateway; controller and worker take the two after it. 0 takes free ones
+    #[arg(long, default_value_t = 7700)]
+    pub port: u16,
+    /// Folder of the controller's state; default: unmask under the user's state folder
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
+    /// Print the endpoints as a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `unmask gateway`
+#[derive(Debug, Args)]
+pub struct GatewayArgs {
+    /// Settings as TOML
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// host:port to listen on
+    #[arg(long, default_value = "127.0.0.1:7700")]
+    pub listen: String,
+    /// host:port of the controller
+    #[arg(long)]
+    pub controller: Option<String>,
+}
+
+/// `unmask controller`
+#[derive(Debug, Args)]
+pub struct ControllerArgs {
+    /// Settings as TOML
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// host:port to listen on
+    #[arg(long, default_value = "127.0.0.1:7701")]
+    pub listen: String,
+    /// embedded:FOLDER
+    #[arg(long)]
+    pub store: Option<String>,
+}
+
+/// `unmask worker`
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// Settings as TOML
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// host:port to listen on
+    #[arg(long, default_value = "127.0.0.1:7702")]
+    pub listen: String,
+    /// host:port of the controller
+    #[arg(long)]
+    pub controller: Option<String>,
+    /// Folder or name of the model
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: Dtype,
+}
+
+/// `unmask inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Folder or name of the model
+    pub model: String,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `unmask logits`
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// Folder or name of the model
+    #[arg(long)]
+    pub model: String,
+    /// Token ids
+    #[arg(long, value_delimiter = ',', required = true)]
+    pub ids: Vec<u32>,
+    /// How far rows attend; default: as the model's finished rows
+    #[arg(long, value_enum)]
+    pub reach: Option<ReachArg>,
+    /// Block size of block_causal; default: the model's
+    #[arg(long)]
+    pub block_size: Option<u32>,
+    /// File to write: tensor `logits`, f32, (rows, vocab)
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
+}
+
+/// `unmask decode`
+#[derive(Debug, Args)]
+pub struct DecodeArgs {
+    /// Folder or name of the model
+    #[arg(long)]
+    pub model: String,
+    /// Prompt ids
+    #[arg(long, value_delimiter = ',', required = true)]
+    pub ids: Vec<u32>,
+    /// Parameters as a JSON object
+    #[arg(long, default_value = "{}")]
+    pub params: String,
+    /// Whose decoding loop: ar, stable_diffcoder, sdar, unmask; default: the model's authors'
+    #[arg(long = "loop", value_name = "NAME")]
+    pub decoding_loop: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
+}
+
+/// `unmask verify`
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Folders of reference data
+    #[arg(required = true)]
+    pub dirs: Vec<PathBuf>,
+    /// Folder to write what was computed to
+    #[arg(long)]
+    pub out: PathBuf,
+    /// The report as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
+}
+
+/// `unmask train`
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// What to make
+    #[command(subcommand)]
+    pub stage: TrainCommand,
+}
+
+/// What to make.
+#[derive(Debug, Subcommand)]
+pub enum TrainCommand {
+    /// Train a tokenizer
+    #[command(after_help = "Example:\n  unmask train tokenizer --config models/recipe/tokenizer.toml")]
+    Tokenizer(ConfigArgs),
+    /// Write generated tasks with tests, one JSON object per line
+    #[command(after_help = "Example:\n  unmask train tasks --held-out --count 1000 --out held-out.jsonl")]
+    Tasks(TasksArgs),
+    /// First stage: fill masks
+    #[command(after_help = "Example:\n  unmask train mask --config models/recipe/mask.toml")]
+    Mask(ConfigArgs),
+    /// Measure a model on tasks: pass rate and tokens per pass
+    #[command(after_help = "Example:
+  unmask train measure --model models/python-tasks-3m --tasks held-out.jsonl --block-sizes 1,16 --thresholds 0.9,0.7")]
+    Measure(MeasureArgs),
+}
+
+/// A stage's settings.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// Settings as TOML
+    #[arg(long)]
+    pub config: PathBuf,
+}
+
+/// `unmask train tasks`
+#[derive(Debug, Args)]
+pub struct TasksArgs {
+    /// File to write
+    #[arg(long)]
+    pub out: PathBuf,
+    /// How many
+    #[arg(long, default_value_t = 1000)]
+    pub count: u64,
+    /// Of the draws
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Tasks whose skeletons are never in training
+    #[arg(long)]
+    pub held_out: bool,
+}
+
+/// `unmask train measure`
+#[derive(Debug, Args)]
+pub struct MeasureArgs {
+    /// Folder or name of the model
+    #[arg(long)]
+    pub model: String,
+    /// Tasks in HumanEval's format
+    #[arg(long)]
+    pub tasks: PathBuf,
+    /// Most tasks to take
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Block sizes; 1 is the autoregressive baseline
+    #[arg(long, value_delimiter = ',', default_value = "1,4,8,16,32")]
+    pub block_sizes: Vec<u32>,
+    /// Confidence thresholds
+    #[arg(long, value_delimiter = ',', default_value = "0.95,0.9,0.8,0.7,0.5")]
+    pub thresholds: Vec<f32>,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: Dtype,
+    /// Write `quality.json` into the model's folder
+    #[arg(long)]
+    pub write: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_example_in_the_help_parses() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            for line in help.lines().filter_map(|line| line.trim().strip_prefix("unmask ")) {
+                let words = line.split(' ').map(|word| word.trim_matches(['"', '\''])).take(2);
+                let parsed = Cli::try_parse_from(["unmask"].into_iter().chain(words));
+                let fine = parsed.is_ok() || !parsed.unwrap_err().to_string().contains("unrecognized");
+                assert!(fine, "{line}");
+            }
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! All services in this process, over loopback sockets: the path of `generate` and `up`.
+
+use crate::args::ModelArgs;
+use crate::models;
+use anyhow::{Context, anyhow, bail};
+use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+use unmask_controller::store::StoreUrl;
+use unmask_proto::v1::ListModelsRequest;
+use unmask_proto::v1::inference_service_client::InferenceServiceClient;
+
+/// Longest time from start to a model that serves.
+const READY_LIMIT: Duration = Duration::from_secs(300);
+/// Between looks whether the model serves.
+const READY_POLL: Duration = Duration::from_millis(10);
+/// Longest stop of a service after it has drained.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Name of the only worker; stable, so that a restart finds its group again.
+const WORKER_ID: &str = "local";
+
+/// Sockets of the three services.
+pub struct Listeners {
+    /// Public.
+    pub gateway: TcpListener,
+    /// Between the services.
+    pub controller: TcpListener,
+    /// Between the services.
+    pub worker: TcpListener,
+}
+
+impl Listeners {
+    /// Binds `port` and the two after it, or three free ports when it is 0.
+    ///
+    /// # Errors
+    /// Names the port that is in use.
+    pub async fn bind(host: IpAddr, port: u16) -> anyhow::Result<Self> {
+        let bind = async |offset: u16, what: &str| {
+            let port = if port == 0 { 0 } else { port.checked_add(offset).context("--port: too high")? };
+            let address = SocketAddr::new(host, port);
+            let advice = "choose another with --port, or 0 for free ones";
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} ({what}): {advice}"))
+        };
+        Ok(Self {
+            gateway: bind(0, "gateway").await?,
+            controller: bind(1, "controller").await?,
+            worker: bind(2, "worker").await?,
+        })
+    }
+}
+
+/// The running services.
+pub struct Cluster {
+    /// Address of the gateway.
+    pub gateway: SocketAddr,
+    /// Address of the controller.
+    pub controller: SocketAddr,
+    /// Address of the worker.
+    pub worker: SocketAddr,
+    services: JoinSet<anyhow::Result<()>>,
+    stop: CancellationToken,
+}
+
+impl Cluster {
+    /// Starts controller, worker and gateway; the controller's state goes to `data_dir`.
+    ///
+    /// # Errors
+    /// The model is not found.
+    pub fn start(listeners: Listeners, model: &ModelArgs, data_dir: PathBuf) -> anyhow::Result<Self> {
+        let dir = models::find(model.model.as_deref())?;
+        let Listeners { gateway, controller, worker } = listeners;
+        let addresses = (gateway.local_addr()?, controller.local_addr()?, worker.local_addr()?);
+        let stop = CancellationToken::new();
+        let mut services = JoinSet::new();
+        let store = StoreUrl::Embedded(data_dir);
+        let config = unmask_controller::Config::new(store);
+        let ended = stop.clone().cancelled_owned();
+        services.spawn(named("controller", unmask_controller::run(config, controller, ended)));
+        let mut config = unmask_worker::Config::new(dir, addresses.1.to_string());
+        config.load.dtype = model.dtype.weights();
+        config.load.threads = model.threads;
+        config.worker_id = Some(WORKER_ID.into());
+        let ended = stop.clone().cancelled_owned();
+        services.spawn(named("worker", unmask_worker::run(config, worker, ended)));
+        let config = unmask_gateway::Config::new(addresses.1.to_string());
+        let ended = stop.clone().cancelled_owned();
+        services.spawn(named("gateway", unmask_gateway::run(config, gateway, ended)));
+        let (gateway, controller, worker) = addresses;
+        Ok(Self { gateway, controller, worker, services, stop })
+    }
+
+    /// Waits until the gateway serves a model.
+    ///
+    /// # Errors
+    /// A service failed, or nothing serves within the limit.
+    pub async fn ready(&mut self) -> anyhow::Result<InferenceServiceClient<Channel>> {
+        let mut client = InferenceServiceClient::new(connect(&format!("http://{}", self.gateway))?);
+        let serving = async {
+            loop {
+                let listed = client.list_models(ListModelsRequest {}).await;
+                if listed.is_ok_and(|models| models.get_ref().models.iter().any(|model| model.ready_groups > 0)) {
+                    return;
+                }
+                tokio::time::sleep(READY_POLL).await;
+            }
+        };
+        tokio::select! {
+            () = serving => Ok(client),
+            ended = self.services.join_next() => Err(failure(ended)),
+            () = tokio::time::sleep(READY_LIMIT) => bail!("no model serves after {} s", READY_LIMIT.as_secs()),
+        }
+    }
+
+    /// Waits until a service ends by itself, which none should.
+    pub async fn failed(&mut self) -> anyhow::Error {
+        failure(self.services.join_next().await)
+    }
+
+    /// Drains and stops all services.
+    ///
+    /// # Errors
+    /// A service failed, or did not stop in time.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        self.stop.cancel();
+        let all = async {
+            while let Some(ended) = self.services.join_next().await {
+                ended.map_err(|panic| anyhow!("a service panicked: {panic}"))??;
+            }
+            Ok(())
+        };
+        tokio::time::timeout(STOP_LIMIT, all).await.unwrap_or_else(|_| bail!("services did not stop in time"))
+    }
+}
+
+/// A lazy connection to a gateway.
+///
+/// # Errors
+/// The address is malformed.
+pub fn connect(endpoint: &str) -> anyhow::Result<Channel> {
+    let url = if endpoint.contains("://") { endpoint.to_owned() } else { format!("http://{endpoint}") };
+    let endpoint = Endpoint::from_shared(url.clone()).with_context(|| format!("--endpoint {url:?} is no address"))?;
+    Ok(endpoint.tcp_nodelay(true).connect_lazy())
+}
+
+async fn named<E: std::error::Error + Send + Sync + 'static>(
+    name: &'static str,
+    service: impl Future<Output = Result<(), E>>,
+) -> anyhow::Result<()> {
+    service.await.with_context(|| name)
+}
+
+fn failure(ended: Option<Result<anyhow::Result<()>, tokio::task::JoinError>>) -> anyhow::Error {
+    match ended {
+        Some(Ok(Err(error))) => error,
+        Some(Err(panic)) => anyhow!("a service panicked: {panic}"),
+        Some(Ok(Ok(()))) | None => anyhow!("a service ended before it was told to"),
+    }
+}

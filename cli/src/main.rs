@@ -1,0 +1,7 @@
+//! The `unmask` binary.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    unmask::main()
+}

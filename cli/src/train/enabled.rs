@@ -1,0 +1,96 @@
+//! The stages, each from one file of settings.
+
+use crate::args::{MeasureArgs, TasksArgs, TrainArgs, TrainCommand};
+use crate::raw::load;
+use crate::{models, output};
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::process::ExitCode;
+use unmask_trainer::measure::{Point, Quality, Row, measure, read_tasks, tokenizer};
+use unmask_trainer::recipe;
+use unmask_trainer::tasks::Part;
+
+/// Runs a stage.
+///
+/// # Errors
+/// Its settings, all at once; files; the stage's own.
+pub fn run(args: TrainArgs) -> anyhow::Result<ExitCode> {
+    match args.stage {
+        TrainCommand::Tokenizer(args) => recipe::tokenizer(&recipe::read(&args.config)?)?,
+        TrainCommand::Tasks(args) => tasks(&args)?,
+        TrainCommand::Mask(args) => {
+            let summary = recipe::mask(recipe::read(&args.config)?)?;
+            output::out(&format!("{}\n", summary.model.display()))?;
+        }
+        TrainCommand::Measure(args) => measure_model(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
+    let part = if args.held_out { Part::HeldOut } else { Part::Training };
+    let written = recipe::write_tasks(&args.out, args.seed, part, args.count)?;
+    output::note(&format!("{written} tasks in {}", args.out.display()));
+    Ok(())
+}
+
+fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
+    let mut tasks = read_tasks(&args.tasks)?;
+    tasks.truncate(args.limit.unwrap_or(usize::MAX));
+    let dir = models::find(Some(&args.model))?;
+    let model = load(&args.model, args.dtype)?;
+    let tokenizer = tokenizer(&dir)?;
+    let mut rows: Vec<Row> = Vec::new();
+    output::out("policy          block  threshold      n   pass   (low)  parse    TPF\n")?;
+    for point in points(args) {
+        let bar = ProgressBar::new(tasks.len() as u64).with_style(style()?);
+        bar.set_message(format!("block {} threshold {}", point.block_size, point.threshold));
+        let row = measure(&model, &tokenizer, &tasks, point, |done| bar.set_position(done as u64))?;
+        bar.finish_and_clear();
+        output::out(&line(&row))?;
+        rows.push(row);
+    }
+    if args.write {
+        let path = dir.join("quality.json");
+        let command = format!(
+            "unmask train measure --model {} --tasks {} --write",
+            args.model,
+            args.tasks.display()
+        );
+        let quality = Quality { format: "unmask.quality/1".into(), command, rows };
+        let text = serde_json::to_string_pretty(&quality)? + "\n";
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The baseline once, every other block size at every threshold.
+fn points(args: &MeasureArgs) -> Vec<Point> {
+    let mut points = Vec::new();
+    for &block_size in &args.block_sizes {
+        if block_size == 1 {
+            points.push(Point::AUTOREGRESSIVE);
+        } else {
+            points.extend(args.thresholds.iter().map(|&threshold| Point { block_size, threshold }));
+        }
+    }
+    points
+}
+
+fn line(row: &Row) -> String {
+    let threshold = row.threshold.map_or_else(|| "-".to_owned(), |tau| format!("{tau:.2}"));
+    format!(
+        "{:15} {:5} {threshold:>10} {:6}  {:5.1}%  {:5.1}%  {:5.1}%  {:5.2}\n",
+        row.policy,
+        row.block_size,
+        row.n,
+        100.0 * row.pass_rate,
+        100.0 * row.pass_rate_low,
+        100.0 * row.parse_rate,
+        row.tpf
+    )
+}
+
+fn style() -> anyhow::Result<ProgressStyle> {
+    Ok(ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}")?)
+}

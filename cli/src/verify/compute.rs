@@ -1,0 +1,124 @@
+//! Runs the cases of a folder through the engine and the tokenizer.
+
+use super::golden::{DecodeCase, Golden};
+use crate::args::Dtype;
+use crate::raw::{to_json, write_tensors};
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::Arc;
+use unmask_engine::model::Overrides;
+use unmask_engine::raw::{LoopKind, RawDecode};
+use unmask_engine::{LoadError, LoadOptions, Model, raw};
+use unmask_text::{Specials, Tokenizer};
+
+/// What was computed, case by case.
+pub struct Actual {
+    /// Head rows, or why there are none.
+    pub logits: Vec<Result<Vec<f32>, String>>,
+    /// Outcomes under the names of the format, or why there are none.
+    pub decode: Vec<Result<Value, String>>,
+    /// Ids and texts, or why there are none.
+    pub tokenizer: Vec<Result<Value, String>>,
+    vocab_rows: usize,
+}
+
+/// Computes every case.
+///
+/// # Errors
+/// The checkpoint cannot be loaded.
+pub fn run(dir: &Path, golden: &Golden, dtype: Dtype) -> anyhow::Result<Actual> {
+    let model = load(dir, golden, dtype)?;
+    let logits = golden
+        .logits
+        .iter()
+        .map(|case| raw::logits(&model, &case.input_ids, case.reach, case.block_size).map_err(|e| e.to_string()))
+        .collect();
+    let decode = golden.decode.iter().map(|case| decode(&model, case).map_err(|e| format!("{e:#}"))).collect();
+    let tokenizer = golden.tokenizer.is_empty().then(|| Ok(Vec::new())).unwrap_or_else(|| tokenize(dir, golden))?;
+    Ok(Actual { logits, decode, tokenizer, vocab_rows: model.config().vocab_rows as usize })
+}
+
+fn load(dir: &Path, golden: &Golden, dtype: Dtype) -> anyhow::Result<Arc<Model>> {
+    let load = |mask_id| {
+        let overrides = Overrides { mask_id, ..Overrides::default() };
+        Model::load(dir, &LoadOptions { dtype: dtype.weights(), overrides, ..LoadOptions::default() })
+    };
+    let stated = golden.model["mask_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
+    // The reference names its mask; a checkpoint that does not is loaded with that.
+    let model = match load(None) {
+        Err(LoadError::Config { problems, .. })
+            if stated.is_some() && problems.iter().any(|p| p.contains("mask_token_id is missing")) =>
+        {
+            load(stated)
+        }
+        loaded => loaded,
+    };
+    Ok(Arc::new(model?))
+}
+
+fn decode(model: &Arc<Model>, case: &DecodeCase) -> anyhow::Result<Value> {
+    let Some(loop_kind) = LoopKind::from_name(&case.decoding_loop) else {
+        bail!("loop {} is not supported; known are ar, stable_diffcoder, sdar, unmask", case.decoding_loop);
+    };
+    let parameters = serde_json::from_value(case.parameters.clone()).context("parameters")?;
+    let outcome = raw::decode(model, &RawDecode { prompt: case.prompt_ids.clone(), loop_kind, parameters })?;
+    Ok(to_json(&outcome))
+}
+
+fn tokenize(dir: &Path, golden: &Golden) -> anyhow::Result<Vec<Result<Value, String>>> {
+    let json = std::fs::read(dir.join("tokenizer.json")).context("tokenizer.json")?;
+    let config = std::fs::read(dir.join("tokenizer_config.json")).ok();
+    let tokenizer = Tokenizer::from_files(&json, config.as_deref(), None)?;
+    let case = |case: &Value| {
+        let text = case["text"].as_str().ok_or("text is missing")?;
+        let encode = |specials, add| tokenizer.encode(text, specials, add).map_err(|error| error.to_string());
+        let ids = encode(Specials::Parse, false)?;
+        Ok(json!({
+            "text": text,
+            "ids": ids,
+            "ids_with_special": encode(Specials::Parse, true)?,
+            "ids_specials_as_text": encode(Specials::AsText, false)?,
+            "decoded": tokenizer.decode(&ids, false),
+            "decoded_skip_special": tokenizer.decode(&ids, true),
+        }))
+    };
+    Ok(golden.tokenizer.iter().map(case).collect())
+}
+
+impl Actual {
+    /// Writes `actual.json` and `actual.safetensors` with the ids, keys and tensor names of the expected files.
+    ///
+    /// # Errors
+    /// Files cannot be written.
+    pub fn write(&self, out: &Path, golden: &Golden) -> anyhow::Result<()> {
+        let failed = |error: &String| json!({ "error": error });
+        let with_id = |id: &str, value: &Result<Value, String>| {
+            let mut value = value.clone().unwrap_or_else(|error| failed(&error));
+            value["id"] = id.into();
+            value
+        };
+        let logits = golden.logits.iter().zip(&self.logits).map(|(case, computed)| match computed {
+            Ok(_) => json!({
+                "id": case.id, "input_ids": case.input_ids, "tensor": case.tensor,
+                "shape": [case.input_ids.len(), self.vocab_rows],
+            }),
+            Err(error) => json!({ "id": case.id, "error": error }),
+        });
+        let decode = golden.decode.iter().zip(&self.decode).map(|(case, computed)| with_id(&case.id, computed));
+        let tokenizer = self.tokenizer.iter().map(|computed| computed.clone().unwrap_or_else(|error| failed(&error)));
+        let all = json!({
+            "format": "golden/1",
+            "logits": logits.collect::<Vec<_>>(),
+            "decode": decode.collect::<Vec<_>>(),
+            "tokenizer": tokenizer.collect::<Vec<_>>(),
+        });
+        let path = out.join("actual.json");
+        std::fs::write(&path, format!("{all:#}\n")).with_context(|| format!("cannot write {}", path.display()))?;
+        let tensors = golden.logits.iter().zip(&self.logits).filter_map(|(case, computed)| {
+            let rows = computed.as_ref().ok()?;
+            Some((case.tensor.clone(), vec![case.input_ids.len(), self.vocab_rows], rows.clone()))
+        });
+        write_tensors(&out.join("actual.safetensors"), tensors)
+    }
+}

@@ -1,0 +1,132 @@
+//! Settings of a gateway, as written and as validated.
+
+use serde::Deserialize;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Most Generate streams at once, when nothing else is configured.
+pub const STREAMS_MAX: usize = 512;
+/// Longest wait at shutdown for streams to finish, when nothing else is configured.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// A client that takes nothing for this long is given up, when nothing else is configured.
+pub const STALL_LIMIT: Duration = Duration::from_secs(60);
+/// Most streams that may be configured: what workers take on one connection.
+const STREAMS_LIMIT: usize = 1024;
+/// Longest drain or stall limit that may be configured.
+const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Settings as written in a file. Unknown keys are errors.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawConfig {
+    /// host:port of the controller.
+    pub controller: Option<String>,
+    /// Name of this gateway in the controller's logs; drawn when absent.
+    pub gateway_id: Option<String>,
+    /// Most Generate streams at once.
+    pub streams_max: Option<usize>,
+    /// Longest wait at shutdown for streams to finish (milliseconds).
+    pub drain_limit_ms: Option<u64>,
+    /// A client that takes nothing for this long is given up (milliseconds).
+    pub stall_limit_ms: Option<u64>,
+}
+
+/// Validated settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// host:port of the controller.
+    pub controller: String,
+    /// Name of this gateway in the controller's logs.
+    pub gateway_id: String,
+    /// Most Generate streams at once.
+    pub streams_max: usize,
+    /// Longest wait at shutdown for streams to finish.
+    pub drain_limit: Duration,
+    /// A client that takes nothing for this long is given up.
+    pub stall_limit: Duration,
+}
+
+/// Everything wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{}", .0.join("; "))]
+pub struct ConfigError(pub Vec<String>);
+
+impl Config {
+    /// The default settings for a controller at host:port.
+    pub fn new(controller: impl Into<String>) -> Self {
+        Self {
+            controller: controller.into(),
+            gateway_id: uuid::Uuid::new_v4().to_string(),
+            streams_max: STREAMS_MAX,
+            drain_limit: DRAIN_LIMIT,
+            stall_limit: STALL_LIMIT,
+        }
+    }
+}
+
+impl TryFrom<RawConfig> for Config {
+    type Error = ConfigError;
+
+    fn try_from(raw: RawConfig) -> Result<Self, ConfigError> {
+        let mut errors = Vec::new();
+        let mut config = Config::new(raw.controller.unwrap_or_default());
+        let port = config.controller.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+        if port.and_then(|(_, port)| port.parse::<u16>().ok()).is_none_or(|port| port == 0) {
+            errors.push(format!("controller: must be host:port, is `{}`", config.controller));
+        }
+        if let Some(id) = raw.gateway_id {
+            if id.is_empty() {
+                errors.push("gateway_id: is empty: give a name or leave it out".into());
+            }
+            config.gateway_id = id;
+        }
+        if let Some(streams) = raw.streams_max {
+            if !(1..=STREAMS_LIMIT).contains(&streams) {
+                errors.push(format!("streams_max: must be from 1 to {STREAMS_LIMIT}, is {streams}"));
+            }
+            config.streams_max = streams;
+        }
+        let limits = [
+            ("drain_limit_ms", raw.drain_limit_ms, &mut config.drain_limit),
+            ("stall_limit_ms", raw.stall_limit_ms, &mut config.stall_limit),
+        ];
+        for (key, millis, limit) in limits {
+            let Some(millis) = millis else { continue };
+            *limit = Duration::from_millis(millis);
+            if *limit > LIMIT_MAX {
+                errors.push(format!("{key}: must be at most {}, is {millis}", LIMIT_MAX.as_millis()));
+            }
+        }
+        if config.stall_limit.is_zero() {
+            errors.push("stall_limit_ms: must be at least 1, is 0".into());
+        }
+        if errors.is_empty() { Ok(config) } else { Err(ConfigError(errors)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    fn parse(json: &str) -> Result<Config, ConfigError> {
+        Config::try_from(serde_json::from_str::<RawConfig>(json).unwrap())
+    }
+
+    #[test]
+    fn all_errors_come_at_once_with_their_keys() {
+        let json = r#"{"controller": "host", "gateway_id": "", "streams_max": 0, "drain_limit_ms": 1000000000000,
+            "stall_limit_ms": 0}"#;
+        let errors = parse(json).unwrap_err().0;
+        let keys: Vec<_> = errors.iter().map(|error| error.split(':').next().unwrap()).collect();
+        assert_eq!(keys, ["controller", "gateway_id", "streams_max", "drain_limit_ms", "stall_limit_ms"]);
+    }
+
+    #[test]
+    fn what_is_not_said_is_the_default() {
+        let config = parse(r#"{"controller": "localhost:7", "gateway_id": "g"}"#).unwrap();
+        assert_eq!(config, Config { gateway_id: "g".into(), ..Config::new("localhost:7") });
+        let error = serde_json::from_str::<RawConfig>(r#"{"port": 1}"#).unwrap_err();
+        assert!(error.to_string().contains("port"), "{error}");
+    }
+}

@@ -1,0 +1,331 @@
+//! One request's stream from a worker to its client; on to another group when the worker breaks.
+
+use crate::routes::{Lease, RETRY_AFTER, Route};
+use crate::stream::Assembler;
+use crate::upstream::{Upstream, Verdict, forward, judge};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming};
+use unmask_proto::rich;
+use unmask_proto::v1::run_response::Event as WorkerEvent;
+use unmask_proto::v1::{
+    Finish, FinishReason, GenerateResponse, ModelDescriptor, ResolvedSettings, RunRequest, RunResponse, Started, Usage,
+    generate_response::Event,
+};
+
+/// Events a client may leave unread before its stream pauses.
+pub(crate) const EVENTS_MAX: usize = 32;
+/// Most submissions of one request without a new token in between.
+const ATTEMPTS_MAX: u32 = 3;
+/// Longest wait for another group when none is left; then those that failed are tried again.
+const REROUTE_WAIT: Duration = Duration::from_millis(500);
+
+/// What stays the same wherever a request runs.
+pub(crate) struct Job {
+    pub request_id: String,
+    pub model: Arc<ModelDescriptor>,
+    pub prompt: Vec<u32>,
+    pub settings: ResolvedSettings,
+    pub drafts: bool,
+    pub priority: i32,
+    pub arrived: Instant,
+    pub deadline: Option<Instant>,
+}
+
+/// The client's side of a stream.
+pub(crate) struct Client {
+    pub events: mpsc::Sender<Result<GenerateResponse, Status>>,
+    /// A client that takes nothing for this long is given up.
+    pub stall_limit: Duration,
+    /// The gateway ends.
+    pub stop: CancellationToken,
+    /// Counts the stream for as long as it lasts.
+    pub _permit: OwnedSemaphorePermit,
+}
+
+impl Client {
+    async fn send(&self, event: Event) -> Result<(), Status> {
+        let sent = timeout(self.stall_limit, self.events.send(Ok(GenerateResponse { event: Some(event) }))).await;
+        // A closed channel is noticed by whoever drives the stream.
+        sent.map(|_| ()).map_err(|_| {
+            let message = format!("the client has taken nothing for {} s", self.stall_limit.as_secs());
+            rich::status(Code::Aborted, "READER_STALLED", message)
+        })
+    }
+}
+
+/// A request on its way.
+pub(crate) struct Relay {
+    upstream: Arc<Upstream>,
+    job: Job,
+    assembler: Assembler,
+    /// Groups, with their epochs, that broke or were busy.
+    failed: Vec<(String, u64)>,
+    /// Submissions since the last new token.
+    attempts: u32,
+    blocks_recomputed: u32,
+    first_block: Option<Duration>,
+    /// The work that the present group holds.
+    lease: Option<Lease>,
+    /// The present group.
+    current: Option<(String, u64)>,
+}
+
+impl Relay {
+    pub(crate) fn new(upstream: Arc<Upstream>, job: Job, assembler: Assembler) -> Self {
+        Self {
+            upstream,
+            job,
+            assembler,
+            failed: Vec::new(),
+            attempts: 0,
+            blocks_recomputed: 0,
+            first_block: None,
+            lease: None,
+            current: None,
+        }
+    }
+
+    /// The first event of every stream.
+    pub(crate) fn started(&self) -> Event {
+        Event::Started(Started {
+            request_id: self.job.request_id.clone(),
+            model: self.job.model.name.clone(),
+            prompt_tokens: self.job.prompt.len() as u32,
+            settings: Some(self.job.settings.clone()),
+            numerics_id: self.job.model.numerics_id.clone(),
+        })
+    }
+
+    /// Submits the request, with what the client already has, to a group; to others when that breaks.
+    ///
+    /// # Errors
+    /// What the last group said, or UNAVAILABLE when there is none.
+    pub(crate) async fn open(&mut self) -> Result<Streaming<RunResponse>, Status> {
+        let mut last = None;
+        loop {
+            let route = self.route(last.as_ref()).await?;
+            self.attempts += 1;
+            self.current = Some((route.group.clone(), route.epoch));
+            let message = self.message(&route);
+            let rows = message.prompt_ids.len() as u64 + u64::from(self.job.settings.max_tokens);
+            self.lease = Some(route.lease(rows.saturating_sub(message.committed_ids.len() as u64)));
+            let recomputed = message.committed_ids.len() as u32 / self.job.settings.block_size.max(1);
+            let opened = self.upstream.workers.run(&route, &self.upstream.routes, message, self.job.deadline).await;
+            let status = match opened {
+                Ok(stream) => {
+                    self.blocks_recomputed += recomputed;
+                    return Ok(stream);
+                }
+                Err(status) => status,
+            };
+            let verdict = judge(&status);
+            if verdict == Verdict::Final {
+                return Err(forward(&status));
+            }
+            self.give_up_group(&status);
+            if self.attempts >= ATTEMPTS_MAX {
+                return Err(lost(verdict, &status));
+            }
+            last = Some((verdict, status));
+        }
+    }
+
+    fn give_up_group(&mut self, status: &Status) {
+        self.lease = None;
+        let Some((group, epoch)) = self.current.take() else { return };
+        let (request_id, tokens) = (&self.job.request_id, self.assembler.ids().len());
+        tracing::warn!(request_id, group, epoch, tokens, %status, "going on elsewhere");
+        self.failed.push((group, epoch));
+    }
+
+    /// A group with the same tokens (numerics and tokenizer) that has not failed yet. When there is none, waits for
+    /// one, then forgives those that failed.
+    async fn route(&mut self, last: Option<&(Verdict, Status)>) -> Result<Arc<Route>, Status> {
+        let model = Arc::clone(&self.job.model);
+        let same = |route: &Route| {
+            route.model.name == model.name
+                && route.model.numerics_id == model.numerics_id
+                && route.model.tokenizer_digest == model.tokenizer_digest
+        };
+        let failed = std::mem::take(&mut self.failed);
+        let fresh = |route: &Route| same(route) && !failed.iter().any(|(g, e)| *g == route.group && *e == route.epoch);
+        let mut tables = self.upstream.routes.watch();
+        let now = tables.borrow_and_update().pick(fresh);
+        if let (None, Some((Verdict::Busy, status))) = (&now, last) {
+            return Err(forward(status));
+        }
+        if now.is_none() {
+            let wait = tables.wait_for(|table| table.routes.iter().any(|route| fresh(route)));
+            // Whether it came or not, the table is asked again.
+            let _ = timeout(REROUTE_WAIT, wait).await;
+        }
+        let table = self.upstream.routes.table();
+        if let Some(route) = now.or_else(|| table.pick(fresh)) {
+            self.failed = failed;
+            return Ok(route);
+        }
+        table.pick(same).ok_or_else(|| {
+            let message = format!("model `{}` has no ready group at present", model.name);
+            rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
+        })
+    }
+
+    fn message(&self, route: &Route) -> RunRequest {
+        let mut settings = self.job.settings.clone();
+        if settings.time_limit_ms > 0 {
+            let elapsed = self.job.arrived.elapsed().as_millis() as u64;
+            settings.time_limit_ms = settings.time_limit_ms.saturating_sub(elapsed).max(1);
+        }
+        RunRequest {
+            request_id: self.job.request_id.clone(),
+            model: self.job.model.name.clone(),
+            epoch: route.epoch,
+            prompt_ids: self.job.prompt.clone(),
+            settings: Some(settings),
+            stream_drafts: self.job.drafts,
+            priority: self.job.priority,
+            committed_ids: self.assembler.ids().to_vec(),
+            passes_used: self.assembler.passes(),
+        }
+    }
+
+    /// Why the stream is over already with what the client has, if it is.
+    pub(crate) fn over(&self) -> Option<FinishReason> {
+        if self.assembler.stopped() {
+            return Some(FinishReason::Stop);
+        }
+        (self.assembler.ids().len() as u64 >= u64::from(self.job.settings.max_tokens)).then_some(FinishReason::Length)
+    }
+
+    /// Delivers events until the end, the deadline, the client's going or the gateway's end. Dropping the worker's
+    /// stream cancels the request there.
+    pub(crate) async fn deliver(mut self, first: Option<Streaming<RunResponse>>, client: Client) {
+        let (deadline, request_id) = (self.job.deadline, self.job.request_id.clone());
+        let end = tokio::select! {
+            end = self.forward(first, &client) => end,
+            () = client.events.closed() => {
+                tracing::debug!(request_id, "the client has gone");
+                return;
+            }
+            () = until(deadline) => Err(deadline_passed()),
+            () = client.stop.cancelled() => Err(stopping()),
+        };
+        tracing::debug!(request_id, tokens = self.assembler.ids().len(), ?end, "stream ended");
+        if let Err(status) = end {
+            // Fails when the client has gone or takes nothing.
+            let _ = timeout(client.stall_limit, client.events.send(Err(status))).await;
+        }
+    }
+
+    async fn forward(&mut self, first: Option<Streaming<RunResponse>>, client: &Client) -> Result<(), Status> {
+        let Some(mut worker) = first else {
+            let finish = self.finish(self.over().unwrap_or_default(), 0);
+            return client.send(Event::Finish(finish)).await;
+        };
+        loop {
+            let status = match worker.message().await {
+                Ok(Some(RunResponse { event: Some(event) })) => match self.take(event, client).await? {
+                    ControlFlow::Continue(()) => continue,
+                    ControlFlow::Break(()) => return Ok(()),
+                },
+                // An event that this version does not know.
+                Ok(Some(RunResponse { event: None })) => continue,
+                Ok(None) => Status::unavailable("the worker ended its stream early"),
+                Err(status) if judge(&status) == Verdict::Final => return Err(forward(&status)),
+                Err(status) => status,
+            };
+            self.give_up_group(&status);
+            if let Some(reason) = self.over() {
+                let finish = self.finish(reason, 0);
+                return client.send(Event::Finish(finish)).await;
+            }
+            if self.attempts >= ATTEMPTS_MAX {
+                return Err(lost(Verdict::Broken, &status));
+            }
+            worker = self.open().await?;
+        }
+    }
+
+    async fn take(&mut self, event: WorkerEvent, client: &Client) -> Result<ControlFlow<()>, Status> {
+        match event {
+            WorkerEvent::Draft(draft) => {
+                if let (Some(draft), true) = (self.assembler.draft(draft), self.job.drafts) {
+                    // Nothing in a draft is final: a client that lags misses some.
+                    let event = Some(Event::Draft(draft));
+                    let _ = client.events.try_send(Ok(GenerateResponse { event }));
+                }
+            }
+            WorkerEvent::Commit(commit) => {
+                let fresh = self.assembler.commit(commit);
+                let fresh = fresh.map_err(|gap| rich::status(Code::Internal, "COMMIT_GAP", gap.to_string()))?;
+                if let Some(commit) = fresh {
+                    self.attempts = 0;
+                    self.first_block.get_or_insert_with(|| self.job.arrived.elapsed());
+                    client.send(Event::Commit(commit)).await?;
+                }
+                if self.assembler.stopped() {
+                    let finish = self.finish(FinishReason::Stop, 0);
+                    client.send(Event::Finish(finish)).await?;
+                    return Ok(ControlFlow::Break(()));
+                }
+            }
+            WorkerEvent::Finish(finish) => {
+                let finish = self.finish(finish.reason(), finish.nfe);
+                client.send(Event::Finish(finish)).await?;
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// The end, as the gateway saw it. Passes without a commit are known only to the worker, in `nfe`.
+    fn finish(&mut self, reason: FinishReason, nfe: u32) -> Finish {
+        let text = self.assembler.finish();
+        let usage =
+            Usage { prompt_tokens: self.job.prompt.len() as u32, completion_tokens: self.assembler.ids().len() as u32 };
+        let nfe = nfe.max(self.assembler.passes());
+        Finish {
+            reason: reason.into(),
+            usage: Some(usage),
+            nfe,
+            tokens_per_forward: if nfe == 0 { 0.0 } else { usage.completion_tokens as f32 / nfe as f32 },
+            time_to_first_block_us: self.first_block.unwrap_or_default().as_micros() as u64,
+            total_time_us: self.job.arrived.elapsed().as_micros() as u64,
+            blocks_recomputed: self.blocks_recomputed,
+            policy_revision: self.job.settings.policy_revision,
+            text,
+        }
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// No group took or kept the request.
+fn lost(verdict: Verdict, status: &Status) -> Status {
+    if verdict == Verdict::Busy {
+        return forward(status);
+    }
+    let message = format!("no group could go on with the request; the last one: {}", status.message());
+    rich::retryable(Code::Unavailable, "GROUP_LOST", message, RETRY_AFTER)
+}
+
+/// The deadline of the call passed.
+pub(crate) fn deadline_passed() -> Status {
+    rich::status(Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline of the call passed")
+}
+
+/// The gateway ends. A client can resume through another one with what it has.
+pub(crate) fn stopping() -> Status {
+    let message = "the gateway is stopping: resume elsewhere with the settings of Started and the ids received";
+    rich::retryable(Code::Unavailable, "GATEWAY_STOPPING", message, RETRY_AFTER)
+}

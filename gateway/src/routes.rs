@@ -1,0 +1,237 @@
+//! Which groups serve which model: the controller's table, and how much of our own work each group holds.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::watch;
+use tonic::{Code, Status};
+use unmask_proto::rich::{self, Violation};
+use unmask_proto::v1::{self, ModelDescriptor, WatchRoutesResponse};
+
+/// Most routes that are taken from a table.
+const ROUTES_MAX: usize = 4096;
+/// Most models remembered after their last group left.
+const KNOWN_MODELS_MAX: usize = 1024;
+/// When a request for a model without a ready group may be tried again.
+pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// A group that is ready for requests.
+#[derive(Debug)]
+pub(crate) struct Route {
+    pub group: String,
+    pub epoch: u64,
+    /// host:port of its worker.
+    pub endpoint: String,
+    pub model: Arc<ModelDescriptor>,
+    /// Rows of work it reported.
+    reported: u64,
+    /// Rows of work this gateway has given it.
+    own: Arc<AtomicU64>,
+}
+
+impl Route {
+    /// Counts `rows` as outstanding until the lease is dropped.
+    pub(crate) fn lease(&self, rows: u64) -> Lease {
+        self.own.fetch_add(rows, Ordering::Relaxed);
+        Lease { own: Arc::clone(&self.own), rows }
+    }
+
+    fn load(&self) -> u64 {
+        self.own.load(Ordering::Relaxed).saturating_add(self.reported)
+    }
+}
+
+/// Work that a group holds for this gateway.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    own: Arc<AtomicU64>,
+    rows: u64,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.own.fetch_sub(self.rows, Ordering::Relaxed);
+    }
+}
+
+/// The last table the controller sent.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    pub routes: Vec<Arc<Route>>,
+    /// Models that have or had a ready group.
+    known: BTreeSet<String>,
+}
+
+impl Table {
+    /// The next table. Counts of own work carry over, so do the names of models.
+    fn next(&self, table: WatchRoutesResponse) -> Table {
+        let own: HashMap<&str, &Arc<AtomicU64>> = self.routes.iter().map(|r| (r.group.as_str(), &r.own)).collect();
+        let routes: Vec<_> = table.routes.into_iter().take(ROUTES_MAX).filter_map(|route| read(route, &own)).collect();
+        let mut known: BTreeSet<String> = routes.iter().map(|route: &Arc<Route>| route.model.name.clone()).collect();
+        let room = KNOWN_MODELS_MAX.saturating_sub(known.len());
+        let earlier: Vec<_> = self.known.difference(&known).take(room).cloned().collect();
+        known.extend(earlier);
+        Table { routes, known }
+    }
+
+    /// Ready models by name, with their number of groups.
+    pub(crate) fn models(&self) -> Vec<v1::Model> {
+        let mut models: Vec<v1::Model> = Vec::new();
+        for route in &self.routes {
+            match models.iter_mut().find(|model| model.name == route.model.name) {
+                Some(model) => model.ready_groups += 1,
+                None => models.push(v1::Model {
+                    name: route.model.name.clone(),
+                    descriptor: Some(ModelDescriptor::clone(&route.model)),
+                    ready_groups: 1,
+                }),
+            }
+        }
+        models.sort_by(|a, b| a.name.cmp(&b.name));
+        models
+    }
+
+    /// The less loaded of two groups drawn among those that `wanted` admits ("power of two choices").
+    pub(crate) fn pick(&self, wanted: impl Fn(&Route) -> bool) -> Option<Arc<Route>> {
+        let candidates: Vec<_> = self.routes.iter().filter(|route| wanted(route)).collect();
+        let draw = || candidates.get(rand::random_range(0..candidates.len().max(1)));
+        let (first, second) = (draw()?, draw()?);
+        Some(Arc::clone(if second.load() < first.load() { second } else { first }))
+    }
+
+    /// A group for a model by name; an empty name stands for the only model.
+    ///
+    /// # Errors
+    /// NOT_FOUND with the known models; UNAVAILABLE when the model has no ready group at present;
+    /// INVALID_ARGUMENT when the name is empty and there are several.
+    pub(crate) fn model(&self, name: &str) -> Result<Arc<Route>, Status> {
+        let mut ready: Vec<&str> = self.routes.iter().map(|route| route.model.name.as_str()).collect();
+        ready.sort_unstable();
+        ready.dedup();
+        let name = match (name, ready.as_slice()) {
+            ("", []) => return Err(not_ready("no model has a ready group")),
+            ("", [only]) => only,
+            ("", _) => {
+                let description = format!("is empty, but several models are served: name one of {}", ready.join(", "));
+                return Err(rich::invalid(&[Violation::new("model", description)]));
+            }
+            (name, _) => name,
+        };
+        if let Some(route) = self.pick(|route| route.model.name == name) {
+            return Ok(route);
+        }
+        if self.known.contains(name) {
+            return Err(not_ready(&format!("model `{name}` has no ready group at present")));
+        }
+        if self.known.is_empty() {
+            return Err(not_ready("no model has a ready group"));
+        }
+        let known: Vec<_> = self.known.iter().map(String::as_str).collect();
+        let message = format!("no model `{name}`; known models: {}", known.join(", "));
+        Err(rich::status(Code::NotFound, "UNKNOWN_MODEL", message))
+    }
+}
+
+fn not_ready(message: &str) -> Status {
+    rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
+}
+
+fn read(route: v1::Route, own: &HashMap<&str, &Arc<AtomicU64>>) -> Option<Arc<Route>> {
+    let Some(descriptor) = route.descriptor else {
+        tracing::warn!(group = route.group_id, "a route without a descriptor is left out");
+        return None;
+    };
+    let own = own.get(route.group_id.as_str()).map_or_else(Default::default, |own| Arc::clone(own));
+    let name = if route.model.is_empty() { descriptor.name } else { route.model };
+    Some(Arc::new(Route {
+        group: route.group_id,
+        epoch: route.epoch,
+        endpoint: route.endpoint,
+        model: Arc::new(ModelDescriptor { name, ..descriptor }),
+        reported: route.outstanding_rows,
+        own,
+    }))
+}
+
+/// The current table, for everybody.
+#[derive(Debug)]
+pub(crate) struct Routes(watch::Sender<Arc<Table>>);
+
+impl Routes {
+    /// No routes yet.
+    pub(crate) fn new() -> Self {
+        Self(watch::Sender::new(Arc::default()))
+    }
+
+    /// The last table.
+    pub(crate) fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.0.borrow())
+    }
+
+    /// Sees every table from now on.
+    pub(crate) fn watch(&self) -> watch::Receiver<Arc<Table>> {
+        self.0.subscribe()
+    }
+
+    /// Takes a new table.
+    pub(crate) fn replace(&self, table: WatchRoutesResponse) {
+        self.0.send_modify(|current| *current = Arc::new(current.next(table)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    fn route(model: &str, group: &str, reported: u64) -> v1::Route {
+        v1::Route {
+            model: model.into(),
+            group_id: group.into(),
+            epoch: 1,
+            endpoint: "127.0.0.1:1".into(),
+            descriptor: Some(ModelDescriptor { name: model.into(), ..Default::default() }),
+            outstanding_rows: reported,
+        }
+    }
+
+    fn table(routes: Vec<v1::Route>) -> WatchRoutesResponse {
+        WatchRoutesResponse { term: 1, revision: 1, routes }
+    }
+
+    #[test]
+    fn models_are_found_listed_remembered_and_refused() {
+        let routes = Routes::new();
+        assert_eq!(routes.table().model("a").unwrap_err().code(), Code::Unavailable);
+        routes.replace(table(vec![route("a", "1", 0)]));
+        assert_eq!(routes.table().model("").unwrap().model.name, "a");
+        routes.replace(table(vec![route("a", "1", 0), route("b", "2", 0), route("b", "3", 0)]));
+        assert_eq!(routes.table().model("").unwrap_err().code(), Code::InvalidArgument);
+        let listed: Vec<_> = routes.table().models().into_iter().map(|m| (m.name, m.ready_groups)).collect();
+        assert_eq!(listed, [("a".into(), 1), ("b".into(), 2)]);
+        let unknown = routes.table().model("c").unwrap_err();
+        assert_eq!((unknown.code(), unknown.message()), (Code::NotFound, "no model `c`; known models: a, b"));
+        routes.replace(table(vec![]));
+        assert_eq!(routes.table().model("b").unwrap_err().code(), Code::Unavailable);
+        assert_eq!(routes.table().model("c").unwrap_err().code(), Code::NotFound);
+    }
+
+    #[test]
+    fn the_less_loaded_of_two_is_taken_and_own_work_counts_until_it_ends() {
+        let routes = Routes::new();
+        routes.replace(table(vec![route("a", "1", 5), route("a", "2", 0)]));
+        let busy = routes.table().pick(|route| route.group == "2").unwrap();
+        let lease = busy.lease(100);
+        // The counts carry over to later tables.
+        routes.replace(table(vec![route("a", "2", 0), route("a", "1", 5)]));
+        let count = |group: &str| {
+            (0..400).filter(|_| routes.table().pick(|_| true).is_some_and(|route| route.group == group)).count()
+        };
+        // The busier one is taken only when both draws give it.
+        assert!((40..160).contains(&count("2")));
+        drop(lease);
+        assert!(count("2") > 240);
+        assert!(routes.table().pick(|_| false).is_none());
+    }
+}

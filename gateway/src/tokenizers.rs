@@ -1,0 +1,84 @@
+//! Tokenizers by digest, fetched once from a worker that has them.
+
+use crate::routes::Route;
+use crate::upstream::{Upstream, forward, with_sources};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::OnceCell;
+use tonic::{Code, Status};
+use unmask_proto::rich;
+use unmask_proto::v1::FetchTokenizerResponse;
+use unmask_text::Tokenizer;
+
+/// Most tokenizers kept; the one unused for the longest time goes first.
+const TOKENIZERS_MAX: usize = 16;
+
+type Entry = Arc<OnceCell<Arc<Tokenizer>>>;
+
+/// Tokenizers, the last used one at the end.
+#[derive(Default)]
+pub(crate) struct Tokenizers(Mutex<Vec<(String, Entry)>>);
+
+impl Tokenizers {
+    fn entry(&self, digest: &str) -> Entry {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = kept.iter().position(|(known, _)| known == digest);
+        let entry = found.map_or_else(|| (digest.to_owned(), Entry::default()), |at| kept.remove(at));
+        if kept.len() >= TOKENIZERS_MAX {
+            kept.remove(0);
+        }
+        let cell = Arc::clone(&entry.1);
+        kept.push(entry);
+        cell
+    }
+
+    /// The tokenizer of a route's model. Those who ask for the same one at once wait for one fetch.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when the worker does not send it; INTERNAL when what it sends is not what it said.
+    pub(crate) async fn get(&self, route: &Route, upstream: &Upstream) -> Result<Arc<Tokenizer>, Status> {
+        let digest = &route.model.tokenizer_digest;
+        let cell = self.entry(digest);
+        let tokenizer = cell
+            .get_or_try_init(|| async {
+                let files = upstream.workers.fetch_tokenizer(route, &upstream.routes).await.map_err(|s| forward(&s))?;
+                let built = tokio::task::spawn_blocking(move || build(&files)).await;
+                let tokenizer = built.map_err(|error| bad(&with_sources(&error)))??;
+                if tokenizer.digest() != digest {
+                    return Err(bad(&format!("its digest is {}, {digest} was announced", tokenizer.digest())));
+                }
+                tracing::info!(model = route.model.name, digest, "fetched the tokenizer");
+                Ok(Arc::new(tokenizer))
+            })
+            .await?;
+        Ok(Arc::clone(tokenizer))
+    }
+}
+
+fn build(files: &FetchTokenizerResponse) -> Result<Tokenizer, Status> {
+    let FetchTokenizerResponse { tokenizer_json, tokenizer_config_json, chat_template } = files;
+    Tokenizer::from_files(tokenizer_json, Some(tokenizer_config_json), Some(chat_template))
+        .map_err(|error| bad(&error.to_string()))
+}
+
+fn bad(why: &str) -> Status {
+    rich::status(Code::Internal, "BAD_TOKENIZER", format!("the model's tokenizer cannot be used: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_unused_goes_first() {
+        let tokenizers = Tokenizers::default();
+        let first = tokenizers.entry("0");
+        for i in 1..TOKENIZERS_MAX {
+            tokenizers.entry(&i.to_string());
+        }
+        assert!(Arc::ptr_eq(&first, &tokenizers.entry("0")));
+        tokenizers.entry("new");
+        assert!(Arc::ptr_eq(&first, &tokenizers.entry("0")));
+        let digests: Vec<_> = tokenizers.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        assert!(digests.len() == TOKENIZERS_MAX && digests.iter().all(|(digest, _)| digest != "1"));
+    }
+}
