@@ -52,7 +52,7 @@ pub enum Command {
   unmask decode --model DIR --ids 1,2,3 --loop sdar --params '{\"gen_length\": 16, \"denoising_steps\": 4, \"remasking_strategy\": \"low_confidence_static\"}'")]
     Decode(DecodeArgs),
     /// Compare with reference data in the format golden/1
-    #[command(after_help = "Example:\n  unmask verify tests/golden/* --out actual")]
+    #[command(after_help = "Example:\n  unmask verify tests/golden/*/ --out actual")]
     Verify(VerifyArgs),
     /// Make a model
     Train(TrainArgs),

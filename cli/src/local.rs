@@ -63,7 +63,8 @@ pub struct Cluster {
     /// Address of the worker.
     pub worker: SocketAddr,
     services: JoinSet<anyhow::Result<()>>,
-    stop: CancellationToken,
+    /// In the order in which services stop: the gateway first, so that nobody misses what is gone.
+    stops: [CancellationToken; 3],
 }
 
 impl Cluster {
@@ -75,23 +76,23 @@ impl Cluster {
         let dir = models::find(model.model.as_deref())?;
         let Listeners { gateway, controller, worker } = listeners;
         let addresses = (gateway.local_addr()?, controller.local_addr()?, worker.local_addr()?);
-        let stop = CancellationToken::new();
+        let stops = [CancellationToken::new(), CancellationToken::new(), CancellationToken::new()];
         let mut services = JoinSet::new();
         let store = StoreUrl::Embedded(data_dir);
         let config = unmask_controller::Config::new(store);
-        let ended = stop.clone().cancelled_owned();
+        let ended = stops[2].clone().cancelled_owned();
         services.spawn(named("controller", unmask_controller::run(config, controller, ended)));
         let mut config = unmask_worker::Config::new(dir, addresses.1.to_string());
         config.load.dtype = model.dtype.weights();
         config.load.threads = model.threads;
         config.worker_id = Some(WORKER_ID.into());
-        let ended = stop.clone().cancelled_owned();
+        let ended = stops[1].clone().cancelled_owned();
         services.spawn(named("worker", unmask_worker::run(config, worker, ended)));
         let config = unmask_gateway::Config::new(addresses.1.to_string());
-        let ended = stop.clone().cancelled_owned();
+        let ended = stops[0].clone().cancelled_owned();
         services.spawn(named("gateway", unmask_gateway::run(config, gateway, ended)));
         let (gateway, controller, worker) = addresses;
-        Ok(Self { gateway, controller, worker, services, stop })
+        Ok(Self { gateway, controller, worker, services, stops })
     }
 
     /// Waits until the gateway serves a model.
@@ -126,10 +127,12 @@ impl Cluster {
     /// # Errors
     /// A service failed, or did not stop in time.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        self.stop.cancel();
         let all = async {
-            while let Some(ended) = self.services.join_next().await {
-                ended.map_err(|panic| anyhow!("a service panicked: {panic}"))??;
+            for stop in &self.stops {
+                stop.cancel();
+                if let Some(ended) = self.services.join_next().await {
+                    ended.map_err(|panic| anyhow!("a service panicked: {panic}"))??;
+                }
             }
             Ok(())
         };

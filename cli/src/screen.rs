@@ -132,8 +132,8 @@ pub fn to_json(event: &Event) -> Value {
                 "request_id": request_id, "model": model, "prompt_tokens": prompt_tokens, "numerics_id": numerics_id,
                 "settings": {
                     "max_tokens": settings.max_tokens, "block_size": settings.block_size,
-                    "policy": settings.policy.map(policy_json), "temperature": settings.temperature,
-                    "top_p": settings.top_p, "top_k": settings.top_k, "seed": settings.seed, "stop": settings.stop,
+                    "policy": settings.policy.map(policy_json), "temperature": number(settings.temperature),
+                    "top_p": number(settings.top_p), "top_k": settings.top_k, "seed": settings.seed, "stop": settings.stop,
                     "stop_token_ids": settings.stop_token_ids, "time_limit_ms": settings.time_limit_ms,
                     "nfe_cap": settings.nfe_cap, "policy_revision": settings.policy_revision, "origins": origins,
                 },
@@ -148,7 +148,7 @@ pub fn to_json(event: &Event) -> Value {
         Event::Finish(finish) => {
             let usage = finish.usage.unwrap_or_default();
             json!({ "finish": {
-                "reason": reason(finish), "nfe": finish.nfe, "tokens_per_forward": finish.tokens_per_forward,
+                "reason": reason(finish), "nfe": finish.nfe, "tokens_per_forward": number(finish.tokens_per_forward),
                 "usage": { "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens },
                 "time_to_first_block_us": finish.time_to_first_block_us, "total_time_us": finish.total_time_us,
                 "blocks_recomputed": finish.blocks_recomputed, "policy_revision": finish.policy_revision,
@@ -161,16 +161,21 @@ pub fn to_json(event: &Event) -> Value {
 fn policy_json(policy: Policy) -> Value {
     match policy.kind {
         Some(Kind::Fixed(p)) => json!({ "fixed": { "steps": p.steps, "order": p.order().as_str_name() } }),
-        Some(Kind::Threshold(p)) => json!({ "threshold": { "tau": p.tau } }),
-        Some(Kind::Factor(p)) => json!({ "factor": { "factor": p.factor } }),
-        Some(Kind::EntropyBounded(p)) => json!({ "entropy_bounded": { "gamma": p.gamma } }),
-        Some(Kind::Hierarchical(p)) => json!({ "hierarchical": { "low": p.low, "high": p.high } }),
+        Some(Kind::Threshold(p)) => json!({ "threshold": { "tau": number(p.tau) } }),
+        Some(Kind::Factor(p)) => json!({ "factor": { "factor": number(p.factor) } }),
+        Some(Kind::EntropyBounded(p)) => json!({ "entropy_bounded": { "gamma": number(p.gamma) } }),
+        Some(Kind::Hierarchical(p)) => json!({ "hierarchical": { "low": number(p.low), "high": number(p.high) } }),
         Some(Kind::JointEdit(p)) => {
-            json!({ "joint_edit": { "tau": p.tau, "tau_edit": p.tau_edit, "max_post_steps": p.max_post_steps } })
+            json!({ "joint_edit": { "tau": number(p.tau), "tau_edit": number(p.tau_edit), "max_post_steps": p.max_post_steps } })
         }
         Some(Kind::Autoregressive(_)) => json!("autoregressive"),
         None => Value::Null,
     }
+}
+
+/// The shortest decimal that is this f32: 0.9, not 0.8999999761581421.
+fn number(x: f32) -> Value {
+    x.to_string().parse::<f64>().ok().into()
 }
 
 /// Lower-case name of why a stream ended.

@@ -14,7 +14,7 @@ const SEED_BITS: u32 = 53;
 
 /// Resolves everything but `max_tokens`, which needs the prompt's length: see [`fit`].
 pub(crate) fn resolve(decoding: &Decoding, model: &ModelDescriptor, seed: u64) -> ResolvedSettings {
-    let defaults = model.defaults.clone().unwrap_or_default();
+    let defaults = model.defaults.unwrap_or_default();
     let mut settings = ResolvedSettings::default();
     let mut origin = |name: &str, from: &str| {
         settings.origins.insert(name.to_owned(), from.to_owned());

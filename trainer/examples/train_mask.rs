@@ -8,6 +8,12 @@ fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let Some(file) = std::env::args().nth(1) else { anyhow::bail!("usage: train_mask CONFIG.toml") };
     let summary = recipe::mask(recipe::read(Path::new(&file))?)?;
-    tracing::info!("{} steps, {} tokens, {:.0} s: {}", summary.steps, summary.tokens, summary.seconds, summary.model.display());
+    tracing::info!(
+        "{} steps, {} tokens, {:.0} s: {}",
+        summary.steps,
+        summary.tokens,
+        summary.seconds,
+        summary.model.display()
+    );
     Ok(())
 }

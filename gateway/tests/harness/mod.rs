@@ -264,11 +264,6 @@ impl Gateway {
         gateway
     }
 
-    /// A second connection.
-    pub async fn connect(&self) -> InferenceServiceClient<Channel> {
-        InferenceServiceClient::connect(format!("http://{}", self.address)).await.unwrap()
-    }
-
     pub async fn set_routes(&self, routes: Vec<Route>) {
         self.announce(routes);
         let wanted = self.tables.borrow().routes.len();
@@ -304,6 +299,14 @@ impl Gateway {
     pub async fn generate(&self, request: GenerateRequest) -> Result<Stream, Status> {
         let events = within(self.client.clone().generate(request)).await?.into_inner();
         Ok(Stream { events })
+    }
+
+    /// Over a connection of its own whose windows are small.
+    pub async fn generate_narrow(&self, request: GenerateRequest) -> Stream {
+        let endpoint = Channel::from_shared(format!("http://{}", self.address)).unwrap();
+        let endpoint = endpoint.initial_stream_window_size(16 << 10).initial_connection_window_size(16 << 10);
+        let mut client = InferenceServiceClient::new(endpoint.connect().await.unwrap());
+        Stream { events: within(client.generate(request)).await.unwrap().into_inner() }
     }
 
     /// Tells the gateway to stop.
