@@ -33,7 +33,8 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
         output::out(&format!("{all:#}\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut text = format!("{} ({}), {parameters} parameters in {} tensors\n\n", config.name, config.family.name(), tensors.len());
+    let mut text =
+        format!("{} ({}), {parameters} parameters in {} tensors\n\n", config.name, config.family.name(), tensors.len());
     let width = config.entries().iter().map(|entry| entry.key.len()).max().unwrap_or(0);
     for entry in config.entries() {
         let _ = writeln!(text, "{:width$}  {}  [{}]", entry.key, entry.value, entry.origin);

@@ -103,11 +103,8 @@ pub fn to_json(outcome: &RawOutcome) -> Value {
 fn table(outcome: &RawOutcome) -> String {
     let mut text = String::from("position   token   pass  confidence\n");
     for commit in &outcome.commits {
-        let _ = writeln!(
-            text,
-            "{:8}  {:6}  {:5}  {:.6}",
-            commit.position, commit.token, commit.pass, commit.confidence
-        );
+        let _ =
+            writeln!(text, "{:8}  {:6}  {:5}  {:.6}", commit.position, commit.token, commit.pass, commit.confidence);
     }
     let ids: Vec<String> = outcome.answer_ids.iter().map(u32::to_string).collect();
     let passes = outcome.denoise + outcome.decode;

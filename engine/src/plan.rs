@@ -100,11 +100,10 @@ mod tests {
     fn a_long_prompt_comes_in_chunks_and_does_not_stop_the_others() {
         let needs = [prompt(0, 5000), denoise(1), denoise(2)];
         let grants = share(&needs, 128);
-        assert_eq!(grants, [
-            Grant { kept: 96, open: false },
-            Grant { kept: 0, open: true },
-            Grant { kept: 0, open: true }
-        ]);
+        assert_eq!(
+            grants,
+            [Grant { kept: 96, open: false }, Grant { kept: 0, open: true }, Grant { kept: 0, open: true }]
+        );
     }
 
     #[test]

@@ -152,7 +152,10 @@ fn settings(model: &Model, kind: LoopKind, p: &Parameters) -> Result<Settings, R
     let config = model.config();
     let bad = |message: String| RawError::Parameters(message);
     if let Some(mask) = p.mask_token_id.filter(|&mask| config.mask_id != Some(mask)) {
-        return Err(bad(format!("mask_token_id {mask} is not the model's ({:?}): override it at load", config.mask_id)));
+        return Err(bad(format!(
+            "mask_token_id {mask} is not the model's ({:?}): override it at load",
+            config.mask_id
+        )));
     }
     if p.shift.is_some_and(|shift| shift != config.shift) {
         return Err(bad(format!("shift must be {}, the model's", config.shift)));
@@ -222,9 +225,7 @@ fn policy(
         LoopKind::Sdar => {
             let steps = p.steps.unwrap_or(block_size).clamp(1, block_size);
             match p.remasking_strategy.as_deref() {
-                Some("low_confidence_static") => {
-                    Policy::Fixed { steps, order: Order::Confidence, quota: Quota::Block }
-                }
+                Some("low_confidence_static") => Policy::Fixed { steps, order: Order::Confidence, quota: Quota::Block },
                 Some("sequential") => Policy::Fixed { steps, order: Order::Sequential, quota: Quota::Block },
                 Some("low_confidence_dynamic") => Policy::Threshold {
                     tau: p.threshold.ok_or_else(|| needed("confidence_threshold"))?,

@@ -14,9 +14,7 @@ pub fn refine(
     scratch: &mut Vec<(f32, u32)>,
 ) {
     let allowed = |id: u32| (id as usize) < bans.vocab && bans.argmax.binary_search(&id).is_err();
-    if let Some(id) =
-        filtered(logits, allowed, sampling.temperature, sampling.top_k, sampling.top_p, key, scratch)
-    {
+    if let Some(id) = filtered(logits, allowed, sampling.temperature, sampling.top_k, sampling.top_p, key, scratch) {
         record.chosen = id;
         record.chosen_logit = logits[id as usize];
     }

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use unmask_engine::policy::{Bound, Comparison, Order, Policy, Quota};
-use unmask_engine::{Engine, Event, Limits, LoadOptions, Model, Reason, Refusal, Request, RequestId, Sampling, Settings};
+use unmask_engine::{
+    Engine, Event, Limits, LoadOptions, Model, Reason, Refusal, Request, RequestId, Sampling, Settings,
+};
 use unmask_kernels::WeightType;
 
 const STEPS_MAX: usize = 10_000;

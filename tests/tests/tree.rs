@@ -105,7 +105,9 @@ fn unsafe_stands_only_in_kernels_and_gives_its_reason() {
 #[test]
 fn files_and_functions_stay_short() {
     let mut long = Vec::new();
-    for path in sources() {
+    // What stands in a `tests` folder is tests from its first line.
+    let is_code = |path: &PathBuf| !path.components().any(|part| part.as_os_str() == "tests");
+    for path in sources().into_iter().filter(is_code) {
         let text = std::fs::read_to_string(&path).unwrap();
         let code: Vec<&str> = text.lines().take_while(|line| !line.starts_with("#[cfg(test)]")).collect();
         if code.len() > FILE_LINES_MAX {
@@ -123,6 +125,11 @@ fn long_functions(path: &Path, code: &[&str]) -> Vec<String> {
         let trimmed = line.trim_start();
         let words = ["fn ", "pub fn ", "pub(super) fn ", "pub(crate) fn ", "async fn ", "pub async fn ", "unsafe fn "];
         if !words.iter().any(|word| trimmed.starts_with(word)) {
+            continue;
+        }
+        // A method of a trait may have no body.
+        let body = code[start..].iter().find(|l| l.ends_with('{') || l.ends_with(';') || l.ends_with('}'));
+        if !body.is_some_and(|l| l.ends_with('{')) {
             continue;
         }
         let close = format!("{}}}", &line[..line.len() - trimmed.len()]);

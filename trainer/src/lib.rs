@@ -1,7 +1,7 @@
 //! Makes the models: reads and generates training documents, trains a block-diffusion decoder on them with candle's
 //! autograd, and writes checkpoints that the engine loads.
 //!
-//! Knows nothing of serving: no sockets, no requests, no scheduling.
+//! It does not know serving: no sockets, no scheduling.
 //!
 //! In reading order: `data` and `tasks` (where documents come from), `stream` (their order), `noise` (corruption),
 //! `layout` (examples as rows), `ops` (operations with gradients), `model`, `step` (gradients of a batch), `optimizer`,

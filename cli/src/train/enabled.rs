@@ -52,11 +52,7 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
     }
     if args.write {
         let path = dir.join("quality.json");
-        let command = format!(
-            "unmask train measure --model {} --tasks {} --write",
-            args.model,
-            args.tasks.display()
-        );
+        let command = format!("unmask train measure --model {} --tasks {} --write", args.model, args.tasks.display());
         let quality = Quality { format: "unmask.quality/1".into(), command, rows };
         let text = serde_json::to_string_pretty(&quality)? + "\n";
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;

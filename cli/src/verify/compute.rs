@@ -35,7 +35,7 @@ pub fn run(dir: &Path, golden: &Golden, dtype: Dtype) -> anyhow::Result<Actual> 
         .map(|case| raw::logits(&model, &case.input_ids, case.reach, case.block_size).map_err(|e| e.to_string()))
         .collect();
     let decode = golden.decode.iter().map(|case| decode(&model, case).map_err(|e| format!("{e:#}"))).collect();
-    let tokenizer = golden.tokenizer.is_empty().then(|| Ok(Vec::new())).unwrap_or_else(|| tokenize(dir, golden))?;
+    let tokenizer = if golden.tokenizer.is_empty() { Vec::new() } else { tokenize(dir, golden)? };
     Ok(Actual { logits, decode, tokenizer, vocab_rows: model.config().vocab_rows as usize })
 }
 

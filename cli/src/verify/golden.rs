@@ -84,9 +84,9 @@ fn logits_case(case: &Value, answers: Option<&SafeTensors<'_>>) -> anyhow::Resul
     let id = text(case, "id")?;
     let attention = text(case, "attention")?;
     let tensor = case["tensor"].as_str().unwrap_or(&id).to_owned();
-    let expected = answers.and_then(|answers| answers.tensor(&tensor).ok()).map(|view| {
-        view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-    });
+    let expected = answers
+        .and_then(|answers| answers.tensor(&tensor).ok())
+        .map(|view| view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect());
     Ok(LogitsCase {
         input_ids: ids(&case["input_ids"]).with_context(|| format!("case {id}: input_ids are missing"))?,
         reach: Reach::from_name(&attention).with_context(|| format!("case {id}: attention {attention} is unknown"))?,

@@ -46,7 +46,8 @@ impl Report {
         let kind = |kind: &'static str, cases: &'_ Vec<(String, Verdict)>| -> Vec<(&'static str, usize)> {
             (0..cases.len()).map(|i| (kind, i)).collect()
         };
-        let all = [kind("logits", &self.logits), kind("decode", &self.decode), kind("tokenizer", &self.tokenizer)].concat();
+        let all =
+            [kind("logits", &self.logits), kind("decode", &self.decode), kind("tokenizer", &self.tokenizer)].concat();
         all.into_iter().map(|(kind, i)| {
             let cases = match kind {
                 "logits" => &self.logits,

@@ -71,7 +71,11 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         "temperature",
         format!("must be at least 0 and finite, is {}", sampling.temperature),
     );
-    require(sampling.top_p > 0.0 && sampling.top_p <= 1.0, "top_p", format!("must be in (0, 1], is {}", sampling.top_p));
+    require(
+        sampling.top_p > 0.0 && sampling.top_p <= 1.0,
+        "top_p",
+        format!("must be in (0, 1], is {}", sampling.top_p),
+    );
     if settings.policy == Policy::Autoregressive {
         require(
             config.can_autoregress(),

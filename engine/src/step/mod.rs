@@ -169,8 +169,7 @@ impl Engine {
 
     /// How much work the engine holds.
     pub fn load(&self) -> Load {
-        let queued: u64 =
-            self.queue.iter().map(|q| q.prompt.len() as u64 + u64::from(q.settings.max_tokens)).sum();
+        let queued: u64 = self.queue.iter().map(|q| q.prompt.len() as u64 + u64::from(q.settings.max_tokens)).sum();
         let active: u64 = self.active.iter().map(Active::outstanding).sum();
         Load {
             outstanding_rows: queued + active,

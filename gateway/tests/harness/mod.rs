@@ -172,7 +172,7 @@ impl Worker {
         let refusal = Arc::default();
         let working = Working { runs: sender, refusal: Arc::clone(&refusal) };
         let server = Server::builder().add_service(WorkerServiceServer::new(working));
-        tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+        tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))));
         Worker { address, runs, refusal }
     }
 
