@@ -383,6 +383,9 @@ pub struct MeasureArgs {
     /// Type of the weights
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,
+    /// Also cut the prompts of this many tasks at every character, and count what becomes a running function
+    #[arg(long, default_value_t = 0)]
+    pub cuts: usize,
     /// Write `quality.json` into the model's folder
     #[arg(long)]
     pub write: bool,

@@ -73,6 +73,19 @@ pub struct Quality {
     pub command: String,
     /// One per way to decode.
     pub rows: Vec<Row>,
+    /// Prompts cut at every character, and how many were completed to running functions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_prompts: Option<Cuts>,
+}
+
+/// Outcome of [`cuts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cuts {
+    /// Cut prompts.
+    pub n: usize,
+    /// Of them completed to programs that run and define a function.
+    pub running: usize,
 }
 
 /// Answers of one prompt.
@@ -200,6 +213,35 @@ pub fn measure(
         parse_rate: parsed as f64 / tasks.len() as f64,
         tpf: f64::from(tokens) / f64::from(passes.max(1)),
     })
+}
+
+/// Prompts cut at every character, completed: how many there are, and how many become programs that run and define a
+/// function. A user's prompt may end anywhere, also inside what the tokenizer would merge.
+///
+/// # Errors
+/// As [`measure`].
+pub fn cuts(
+    model: &Arc<Model>,
+    tokenizer: &Tokenizer,
+    tasks: &[Task],
+    point: Point,
+    done: impl FnMut(usize),
+) -> anyhow::Result<(usize, usize)> {
+    let prompts: Vec<String> = tasks
+        .iter()
+        .flat_map(|task| {
+            let ends = task.prompt.char_indices().skip(1).map(|(at, _)| at).chain([task.prompt.len()]);
+            ends.map(|end| task.prompt[..end].to_owned()).collect::<Vec<_>>()
+        })
+        .collect();
+    let answers = complete(model, tokenizer, &prompts, point, done)?;
+    let defines = "import types\nassert any(isinstance(v, types.FunctionType) for v in list(globals().values()))\n";
+    let programs: Vec<Program> = prompts
+        .iter()
+        .zip(&answers)
+        .map(|(prompt, answer)| Program::of_source(format!("{prompt}{}\n\n{defines}", answer.text)))
+        .collect();
+    Ok((programs.len(), count(&run(&programs, &Limits::default())?)))
 }
 
 fn count(outcomes: &[Outcome]) -> usize {

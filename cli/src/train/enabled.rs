@@ -6,7 +6,7 @@ use crate::{models, output};
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::process::ExitCode;
-use unmask_trainer::measure::{Point, Quality, Row, measure, read_tasks, tokenizer};
+use unmask_trainer::measure::{Cuts, Point, Quality, Row, cuts, measure, read_tasks, tokenizer};
 use unmask_trainer::recipe;
 use unmask_trainer::tasks::Part;
 
@@ -50,10 +50,21 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
         output::out(&line(&row))?;
         rows.push(row);
     }
+    let cut_prompts = if args.cuts == 0 {
+        None
+    } else {
+        let point = points(args).pop().unwrap_or(Point::AUTOREGRESSIVE);
+        let (n, running) = cuts(&model, &tokenizer, &tasks[..args.cuts.min(tasks.len())], point, |_| {})?;
+        output::out(&format!(
+            "cut prompts (block {}, threshold {}): {running} of {n} become running functions\n",
+            point.block_size, point.threshold
+        ))?;
+        Some(Cuts { n, running })
+    };
     if args.write {
         let path = dir.join("quality.json");
         let command = format!("unmask train measure --model {} --tasks {} --write", args.model, args.tasks.display());
-        let quality = Quality { format: "unmask.quality/1".into(), command, rows };
+        let quality = Quality { format: "unmask.quality/1".into(), command, rows, cut_prompts };
         let text = serde_json::to_string_pretty(&quality)? + "\n";
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }

@@ -91,19 +91,21 @@ impl Tasks {
     pub fn draw(&self, seed: u64, part: Part, index: u64) -> Task {
         let mut rng = ChaCha8Rng::seed_from_u64(seed ^ index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         rng.set_stream(part as u64);
-        let mut task = self.draw_any(&mut rng);
+        let mut task = self.draw_any(part, &mut rng);
         for _ in 0..DRAWS_MAX {
             if part_of(&task.skeleton) == part {
                 break;
             }
-            task = self.draw_any(&mut rng);
+            task = self.draw_any(part, &mut rng);
         }
         task.task_id = format!("{}/{index}", if part == Part::Training { "train" } else { "held-out" });
         task
     }
 
-    fn draw_any(&self, rng: &mut ChaCha8Rng) -> Task {
-        let function = if rng.random_bool(SNIPPET_SHARE) {
+    /// Held-out tasks are composed ones: a composition of known parts can be worked out, a hand-written program that was
+    /// never seen can only be known.
+    fn draw_any(&self, part: Part, rng: &mut ChaCha8Rng) -> Task {
+        let function = if rng.random_bool(SNIPPET_SHARE) && part == Part::Training {
             self.snippets[rng.random_range(0..self.snippets.len())].draw(rng)
         } else {
             pipeline::draw(rng)
