@@ -194,3 +194,44 @@ fn a_port_in_use_is_named() {
     let error = failure(&["up", "--model", model.to_str().unwrap(), "--port", &port, "--data-dir", data], 1);
     assert!(error.contains(&port) && error.contains("--port"), "{error}");
 }
+
+/// Starts `up` on free ports and gives its first line of output, its endpoints as JSON.
+fn up(data: &Path) -> (std::process::Child, Value) {
+    use std::io::BufRead;
+    let model = golden("sdar");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_unmask"))
+        .args(["up", "--port", "0", "--json", "--model", model.to_str().unwrap(), "--data-dir", data.to_str().unwrap()])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    (child, serde_json::from_str(&line).unwrap())
+}
+
+#[test]
+fn up_serves_a_client_and_ends_cleanly_on_a_signal() {
+    for signal in ["-INT", "-TERM"] {
+        let data = tempfile::tempdir().unwrap();
+        let (mut child, endpoints) = up(data.path());
+        let endpoint = endpoints["gateway"].as_str().unwrap();
+        let output = unmask(&["generate", "--endpoint", endpoint, "--max-tokens", "8", "def f(x):"]);
+        assert!(output.status.success());
+        // One process per data folder.
+        let error = failure(
+            &[
+                "up",
+                "--port",
+                "0",
+                "--model",
+                golden("sdar").to_str().unwrap(),
+                "--data-dir",
+                data.path().to_str().unwrap(),
+            ],
+            1,
+        );
+        assert!(error.contains("controller"), "{error}");
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+    }
+}
