@@ -30,6 +30,15 @@ impl Point {
     /// The autoregressive baseline.
     pub const AUTOREGRESSIVE: Point = Point { block_size: 1, threshold: 1.0 };
 
+    /// The way a model decodes unless told otherwise.
+    pub fn of(model: &Model) -> Point {
+        let decode = model.config().decode;
+        match decode.policy {
+            Policy::Threshold { tau, .. } => Point { block_size: decode.block_size, threshold: tau },
+            _ => Point::AUTOREGRESSIVE,
+        }
+    }
+
     fn policy(self) -> Policy {
         if self.block_size == 1 {
             return Policy::Autoregressive;

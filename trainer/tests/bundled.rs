@@ -16,8 +16,7 @@ fn folder() -> PathBuf {
 }
 
 fn load() -> Arc<Model> {
-    let options =
-        LoadOptions { dtype: WeightType::Bf16, kv_type: KvType::F32, threads: 2, ..LoadOptions::default() };
+    let options = LoadOptions { dtype: WeightType::Bf16, kv_type: KvType::F32, threads: 2, ..LoadOptions::default() };
     Arc::new(Model::load(&folder(), &options).unwrap())
 }
 

@@ -53,7 +53,7 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
     let cut_prompts = if args.cuts == 0 {
         None
     } else {
-        let point = points(args).pop().unwrap_or(Point::AUTOREGRESSIVE);
+        let point = Point::of(&model);
         let (n, running) = cuts(&model, &tokenizer, &tasks[..args.cuts.min(tasks.len())], point, |_| {})?;
         output::out(&format!(
             "cut prompts (block {}, threshold {}): {running} of {n} become running functions\n",
