@@ -65,6 +65,8 @@ pub enum Dtype {
     F32,
     /// 2 bytes a weight
     Bf16,
+    /// 1 byte a weight and a scale per output feature
+    Int8,
 }
 
 impl Dtype {
@@ -73,6 +75,7 @@ impl Dtype {
         match self {
             Dtype::F32 => WeightType::F32,
             Dtype::Bf16 => WeightType::Bf16,
+            Dtype::Int8 => WeightType::Int8,
         }
     }
 }

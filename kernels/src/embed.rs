@@ -5,7 +5,7 @@ use half::bf16;
 use crate::kv::Element;
 use crate::norm::TASK_ELEMENTS;
 use crate::rows::RowsMut;
-use crate::{Cpu, WeightType};
+use crate::{Cpu, Packed, WeightType};
 
 /// Embedding rows `(vocab, width)` in row order, f32 or bf16.
 pub struct EmbeddingTable {
@@ -20,14 +20,25 @@ enum Values {
 }
 
 impl EmbeddingTable {
-    /// A table from row-major `weights` of rows of `width` elements, stored as `dtype`.
-    pub fn new(width: usize, weights: &[f32], dtype: WeightType) -> EmbeddingTable {
-        assert!(width > 0 && weights.len().is_multiple_of(width), "weights are not whole rows of {width}");
+    /// A table whose rows `row` writes one at a time. Rows of an int8 model are kept in bf16.
+    pub fn new(vocab: usize, width: usize, dtype: WeightType, row: &dyn Fn(usize, &mut [f32])) -> EmbeddingTable {
+        assert!(width > 0, "rows need at least one element");
         let values = match dtype {
-            WeightType::F32 => Values::F32(weights.to_vec()),
-            WeightType::Bf16 => Values::Bf16(weights.iter().map(|&w| Element::round(w)).collect()),
+            WeightType::F32 => {
+                let mut values = vec![0.0; vocab * width];
+                values.chunks_exact_mut(width).enumerate().for_each(|(i, out)| row(i, out));
+                Values::F32(values)
+            }
+            WeightType::Bf16 | WeightType::Int8 => {
+                let (mut values, mut widened) = (Vec::with_capacity(vocab * width), vec![0.0; width]);
+                for i in 0..vocab {
+                    row(i, &mut widened);
+                    values.extend(widened.iter().map(|&w| <bf16 as Element>::round(w)));
+                }
+                Values::Bf16(values)
+            }
         };
-        EmbeddingTable { width, vocab: weights.len() / width, values }
+        EmbeddingTable { width, vocab, values }
     }
 
     /// Elements per row.
@@ -71,6 +82,21 @@ impl Cpu {
                         }
                     }
                 }
+            }
+        });
+    }
+
+    /// `out(rows, head.k())` = the rows of `ids` of a tied head that holds ids from `first` on; zeros for the others.
+    pub fn embed_tied(&self, ids: &[u32], head: &Packed, first: u32, out: &mut [f32]) {
+        let width = head.k();
+        assert_eq!(out.len(), ids.len() * width, "out must hold {} rows of {width}", ids.len());
+        let out = RowsMut::new(out);
+        self.pool().run(ids.len(), &|row| {
+            // SAFETY: each row belongs to one task.
+            let out = unsafe { out.range(row * width, width) };
+            match ids[row].checked_sub(first).map(|id| id as usize).filter(|&id| id < head.n()) {
+                Some(id) => head.row(id, out),
+                None => out.fill(0.0),
             }
         });
     }

@@ -173,9 +173,14 @@ impl KvCache {
     /// A zeroed cache of `pages` pages of [`PAGE_SLOTS`] positions in each of `layers` layers.
     pub fn new(layers: usize, shape: &HeadShape, pages: usize, dtype: KvType) -> KvCache {
         shape.check();
-        let bytes = layers * pages * shape.kv_heads * block_elements(shape) * dtype.bytes();
+        let bytes = pages * Self::page_bytes(layers, shape, dtype);
         let storage = vec![Line([0; LINE_BYTES]); bytes / LINE_BYTES];
         KvCache { storage, layers, pages, shape: *shape, dtype }
+    }
+
+    /// Bytes of one page of [`PAGE_SLOTS`] positions over `layers` layers.
+    pub fn page_bytes(layers: usize, shape: &HeadShape, dtype: KvType) -> usize {
+        layers * shape.kv_heads * block_elements(shape) * dtype.bytes()
     }
 
     /// Pages per layer.

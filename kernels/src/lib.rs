@@ -39,10 +39,10 @@ pub use file::{Mapped, map_read_only};
 pub use gemm::Epilogue;
 pub use isa::{Isa, IsaError};
 pub use kv::{HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
-pub use pack::{Packed, WeightType};
+pub use pack::{PIECES, Packed, ProductShape, WeightType};
 pub use pool::Pool;
 pub use rope::{QkNorm, Rotary};
-pub use vocab::{Bans, Draw, Record, gumbel};
+pub use vocab::{Bans, Draw, PARTIAL_BYTES, Partial, Record, VocabShard, gumbel, merge_pairwise};
 
 /// An instruction set and the threads that use it.
 pub struct Cpu {

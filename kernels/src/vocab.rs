@@ -10,19 +10,15 @@ use std::cell::RefCell;
 
 pub use gumbel::gumbel;
 use gumbel::{exp, ln};
-use tile::{Partial, TileBans, reduce_tile};
+pub use tile::{PARTIAL_BYTES, Partial};
+use tile::{TileBans, reduce_tile};
 
+use crate::gemm::ROWS;
 use crate::rows::RowsMut;
-use crate::{Cpu, Epilogue, Packed};
+use crate::{Cpu, Epilogue, PIECES, Packed};
 
 /// Ids per vocabulary tile; a multiple of every panel width.
 pub(crate) const TILE: usize = 512;
-
-/// Fixed pieces of the vocabulary, merged pairwise; a power of two.
-const PIECES: usize = 8;
-
-/// Rows of a tile that one task computes at once; bounds the scratch of a thread to `ROWS * TILE` logits.
-const ROWS: usize = 16;
 
 /// Ids kept from winning.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -93,8 +89,11 @@ impl Record {
 }
 
 impl Bans {
-    /// Checks the lists and returns the lowest allowed id.
-    fn check(&self, n: usize) -> u32 {
+    /// The lowest allowed id of a head of `n` rows, which wins where nothing else can.
+    ///
+    /// # Panics
+    /// The lists are out of order or ban every id.
+    pub fn lowest_allowed(&self, n: usize) -> u32 {
         assert!(self.vocab > 0 && self.vocab <= n, "vocab {} is not within the head's {n} rows", self.vocab);
         assert!(self.argmax.is_sorted() && self.softmax.is_sorted(), "banned ids must ascend");
         let banned = |id: &u32| self.argmax.binary_search(id).is_ok() || self.softmax.binary_search(id).is_ok();
@@ -107,6 +106,46 @@ impl Bans {
 thread_local! {
     /// Logits of one task's rows and tile; kept from call to call.
     static LOGITS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// One reduction per row and tile of the call in progress; kept from call to call.
+    static PARTIALS: RefCell<Vec<Partial>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The rows of a head that one rank holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VocabShard {
+    /// Rows of the whole head.
+    pub total: usize,
+    /// Ranks that share it: a power of two up to [`PIECES`].
+    pub ranks: usize,
+    /// Which of them.
+    pub rank: usize,
+}
+
+impl VocabShard {
+    /// All of a head of `total` rows.
+    pub fn whole(total: usize) -> Self {
+        VocabShard { total, ranks: 1, rank: 0 }
+    }
+
+    /// Tiles of one piece of the whole.
+    fn tiles_per_piece(&self) -> usize {
+        self.total.div_ceil(TILE).div_ceil(PIECES)
+    }
+
+    fn pieces(&self) -> usize {
+        PIECES / self.ranks
+    }
+
+    /// Ids of the rank's rows; empty where the vocabulary has fewer tiles than ranks.
+    pub fn ids(&self) -> std::ops::Range<usize> {
+        let size = self.tiles_per_piece() * self.pieces() * TILE;
+        self.total.min(self.rank * size)..self.total.min((self.rank + 1) * size)
+    }
+
+    fn check(&self) {
+        let fits = self.ranks.is_power_of_two() && self.ranks <= PIECES && self.rank < self.ranks;
+        assert!(fits, "a vocabulary is shared by 1, 2, 4 or {PIECES} ranks: {self:?}");
+    }
 }
 
 impl Cpu {
@@ -117,50 +156,94 @@ impl Cpu {
 
     /// Head product and reduction in one; `draws` and `out` hold one entry per row of `hidden(rows, head.k())`.
     pub fn vocab_reduce(&self, hidden: &[f32], head: &Packed, bans: &Bans, draws: &[Draw], out: &mut [Record]) {
-        let (n, k, rows) = (head.n(), head.k(), draws.len());
-        assert_eq!(hidden.len(), rows * k, "hidden must hold one row of {k} per draw");
-        assert_eq!(out.len(), rows, "out must hold one record per draw");
-        let fallback = bans.check(n);
-        let (tiles, groups) = (n.div_ceil(TILE), rows.div_ceil(ROWS));
-        let mut partials = vec![Partial::EMPTY; rows * tiles];
-        let shared = RowsMut::new(&mut partials);
-        // Neighbouring tasks share a tile of weights.
-        self.pool().run(tiles * groups, &|task| {
-            let (tile, first_row) = (task / groups, task % groups * ROWS);
-            let (start, end) = (tile * TILE, n.min((tile + 1) * TILE));
-            let count = ROWS.min(rows - first_row);
-            let tile_bans = TileBans::new(bans, start, end);
-            LOGITS.with_borrow_mut(|logits| {
-                logits.resize(ROWS * TILE, 0.0);
-                let logits = &mut logits[..count * (end - start)];
-                self.gemm_columns(&hidden[first_row * k..][..count * k], head, start, end, logits);
-                for (i, logits) in logits.chunks_exact_mut(end - start).enumerate() {
-                    let row = first_row + i;
-                    let partial = reduce_tile(self.isa(), logits, start as u32, &tile_bans, &draws[row]);
-                    // SAFETY: each row and tile belongs to one task.
-                    unsafe { shared.range(row * tiles + tile, 1)[0] = partial };
-                }
-            });
+        let shard = VocabShard::whole(head.n());
+        let fallback = bans.lowest_allowed(shard.total);
+        self.reduce_shard(hidden, Some(head), shard, bans, draws, |row, partial| {
+            out[row] = partial.record(&draws[row], fallback);
         });
-        for ((record, partials), draw) in out.iter_mut().zip(partials.chunks_exact(tiles)).zip(draws) {
-            *record = merge(partials, draw, fallback);
-        }
+    }
+
+    /// The part of [`Cpu::vocab_reduce`] that one rank of a group does: `out` holds one reduction per row over the
+    /// rank's ids. A rank without ids has no head.
+    pub fn vocab_partials(
+        &self,
+        hidden: &[f32],
+        head: Option<&Packed>,
+        shard: VocabShard,
+        bans: &Bans,
+        draws: &[Draw],
+        out: &mut [Partial],
+    ) {
+        self.reduce_shard(hidden, head, shard, bans, draws, |row, partial| out[row] = partial);
+    }
+
+    fn reduce_shard(
+        &self,
+        hidden: &[f32],
+        head: Option<&Packed>,
+        shard: VocabShard,
+        bans: &Bans,
+        draws: &[Draw],
+        mut done: impl FnMut(usize, Partial),
+    ) {
+        shard.check();
+        bans.lowest_allowed(shard.total);
+        let (ids, rows) = (shard.ids(), draws.len());
+        let Some(head) = head.filter(|_| !ids.is_empty()) else {
+            return (0..rows).for_each(|row| done(row, Partial::EMPTY));
+        };
+        assert_eq!(head.n(), ids.len(), "the head must hold the rank's rows");
+        assert_eq!(hidden.len(), rows * head.k(), "hidden must hold one row of {} per draw", head.k());
+        let (tiles, groups) = (ids.len().div_ceil(TILE), rows.div_ceil(ROWS));
+        PARTIALS.with_borrow_mut(|partials| {
+            partials.resize(partials.len().max(rows * tiles), Partial::EMPTY);
+            let partials = &mut partials[..rows * tiles];
+            let shared = RowsMut::new(partials);
+            self.with_input(hidden, head, |input| {
+                // Neighbouring tasks share a tile of weights.
+                self.pool().run(tiles * groups, &|task| {
+                    let (tile, first) = (task / groups, task % groups * ROWS);
+                    let (from, to) = (tile * TILE, ids.len().min((tile + 1) * TILE));
+                    let group = first..rows.min(first + ROWS);
+                    let tile_bans = TileBans::new(bans, ids.start + from, ids.start + to);
+                    LOGITS.with_borrow_mut(|logits| {
+                        logits.resize(ROWS * TILE, 0.0);
+                        let logits = &mut logits[..group.len() * (to - from)];
+                        self.gemm_columns(input, group.clone(), head, (from, to), logits);
+                        for (row, logits) in group.zip(logits.chunks_exact(to - from)) {
+                            let first = (ids.start + from) as u32;
+                            let partial = reduce_tile(self.isa(), logits, first, &tile_bans, &draws[row]);
+                            // SAFETY: each row and tile belongs to one task.
+                            unsafe { shared.range(row * tiles + tile, 1)[0] = partial };
+                        }
+                    });
+                });
+            });
+            for (row, tiles) in partials.chunks_exact(tiles).enumerate() {
+                done(row, merge_tiles(tiles, &shard));
+            }
+        });
     }
 }
 
-/// Merges the tiles of one row: in order within each piece, then pieces pairwise.
-fn merge(tiles: &[Partial], draw: &Draw, fallback: u32) -> Record {
-    let per_piece = tiles.len().div_ceil(PIECES);
+/// Merges the tiles of one row that a rank holds: in order within each piece, then pieces pairwise.
+fn merge_tiles(tiles: &[Partial], shard: &VocabShard) -> Partial {
     let mut pieces = [Partial::EMPTY; PIECES];
-    for (piece, tiles) in pieces.iter_mut().zip(tiles.chunks(per_piece)) {
+    for (piece, tiles) in pieces.iter_mut().zip(tiles.chunks(shard.tiles_per_piece())) {
         *piece = tiles.iter().fold(Partial::EMPTY, |sum, tile| sum.merge(tile));
     }
-    let mut width = PIECES;
+    merge_pairwise(&mut pieces[..shard.pieces()])
+}
+
+/// Merges reductions of neighbouring ranges of ids, as many as a power of two, in a fixed tree.
+pub fn merge_pairwise(parts: &mut [Partial]) -> Partial {
+    let mut width = parts.len();
+    assert!(width.is_power_of_two(), "ranges are merged in pairs");
     while width > 1 {
-        for i in 0..width / 2 {
-            pieces[i] = pieces[2 * i].merge(&pieces[2 * i + 1]);
-        }
         width /= 2;
+        for i in 0..width {
+            parts[i] = parts[2 * i].merge(&parts[2 * i + 1]);
+        }
     }
-    pieces[0].record(draw, fallback)
+    parts[0]
 }

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
-use unmask_kernels::{Cpu, Epilogue, Isa, MatRef, WeightType};
+use unmask_kernels::{Cpu, Epilogue, Isa, MatRef, Packed, ProductShape, WeightType};
 
 fn numbers(seed: u64, len: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -36,17 +36,47 @@ fn close(got: &[f32], want: &[f64], k: usize, what: &str) {
     }
 }
 
+const DTYPES: [WeightType; 3] = [WeightType::F32, WeightType::Bf16, WeightType::Int8];
+
+/// A row in whole units of a 127th of its largest element; `whole` divides by the unit.
+fn int8(row: &[f32], whole: impl Fn(f32, f32) -> f32) -> Vec<f32> {
+    let largest = row.iter().fold(f32::MIN_POSITIVE, |max, x| max.max(x.abs()));
+    row.iter().map(|&x| whole(x, largest).round_ties_even() * (largest / 127.0)).collect()
+}
+
+/// Weights as packed: int8 scales are per row.
+fn stored(w: &[f32], k: usize, dtype: WeightType) -> Vec<f32> {
+    match dtype {
+        WeightType::F32 => w.to_vec(),
+        WeightType::Bf16 => w.iter().copied().map(bf16).collect(),
+        WeightType::Int8 => w.chunks(k).flat_map(|row| int8(row, |w, largest| w / (largest / 127.0))).collect(),
+    }
+}
+
+/// Inputs as multiplied: int8 scales are per row and piece.
+fn seen(x: &[f32], shape: &ProductShape, dtype: WeightType, isa: Isa) -> Vec<f32> {
+    match dtype {
+        WeightType::Bf16 if isa.has_bf16_dot() => x.iter().copied().map(bf16).collect(),
+        WeightType::Int8 => {
+            x.chunks(shape.k / shape.pieces).flat_map(|x| int8(x, |x, largest| x * (127.0 / largest))).collect()
+        }
+        _ => x.to_vec(),
+    }
+}
+
+fn pack(cpu: &Cpu, shape: ProductShape, dtype: WeightType, w: &[f32]) -> Packed {
+    cpu.pack_rows(shape, dtype, &|row, out| out.copy_from_slice(&w[row * shape.k..][..shape.k]))
+}
+
 fn agreement(m: usize, n: usize, k: usize, dtype: WeightType, seed: u64) {
     let (x, w) = (numbers(seed, m * k), numbers(seed + 1, n * k));
+    let pieces = [8, 4, 2, 1].into_iter().find(|pieces| k.is_multiple_of(*pieces)).unwrap();
+    let shape = ProductShape { pieces, ..ProductShape::new(n, k) };
     for isa in Isa::available() {
         let what = format!("{} {dtype:?} m {m} n {n} k {k}", isa.name());
         let cpu = Cpu::new(isa, 2);
-        let packed = cpu.pack(n, k, &w, dtype);
-        let seen_w: Vec<f32> =
-            if dtype == WeightType::Bf16 { w.iter().copied().map(bf16).collect() } else { w.clone() };
-        let rounds_x = dtype == WeightType::Bf16 && isa.has_bf16_dot();
-        let seen_x: Vec<f32> = if rounds_x { x.iter().copied().map(bf16).collect() } else { x.clone() };
-        let want = product(&seen_x, &seen_w, n, k);
+        let packed = pack(&cpu, shape, dtype, &w);
+        let want = product(&seen(&x, &shape, dtype, isa), &stored(&w, k, dtype), n, k);
         let mut out = vec![1.0; m * n];
         cpu.gemm(&x, &packed, Epilogue::Store, &mut out);
         close(&out, &want, k, &what);
@@ -57,21 +87,76 @@ fn agreement(m: usize, n: usize, k: usize, dtype: WeightType, seed: u64) {
         let biased: Vec<f64> = want.iter().enumerate().map(|(i, y)| y + f64::from(bias[i % n])).collect();
         close(&out, &biased, k, &what);
         if n.is_multiple_of(2) {
+            let packed = pack(&cpu, ProductShape { gated: true, ..shape }, dtype, &w);
             let mut gated = vec![0.0; m * n / 2];
             cpu.gemm(&x, &packed, Epilogue::SiluMul, &mut gated);
             let silu = |g: f64| g / (1.0 + (-g).exp());
             close(&gated, &want.chunks(2).map(|p| silu(p[0]) * p[1]).collect::<Vec<_>>(), 8 * k, &what);
         }
+        let mut rows = vec![0.0; n * k];
+        cpu.embed_tied(&(0..n as u32).collect::<Vec<_>>(), &packed, 0, &mut rows);
+        close(&rows, &stored(&w, k, dtype).iter().map(|w| f64::from(*w)).collect::<Vec<_>>(), 1, &what);
     }
 }
 
 #[test]
 fn edge_shapes_agree_with_the_definition() {
-    for (m, n, k) in
-        [(1, 1, 1), (1, 33, 7), (3, 31, 2), (8, 64, 64), (9, 96, 65), (17, 130, 300), (64, 40, 33), (5, 2, 1)]
-    {
-        for dtype in [WeightType::F32, WeightType::Bf16] {
+    for (m, n, k) in [
+        (1, 1, 1),
+        (1, 33, 7),
+        (3, 31, 2),
+        (8, 64, 64),
+        (9, 96, 65),
+        (17, 130, 300),
+        (64, 40, 33),
+        (5, 2, 1),
+        (16, 32, 512),
+        (33, 34, 1024),
+    ] {
+        for dtype in DTYPES {
             agreement(m, n, k, dtype, (m * n * k) as u64);
+        }
+    }
+}
+
+/// Int8 sums are exact, so every instruction set gives the same bits.
+#[test]
+fn int8_products_agree_bit_for_bit_between_instruction_sets() {
+    let shape = ProductShape::new(70, 1000).in_pieces();
+    let (x, w) = (numbers(8, 19 * shape.k), numbers(9, shape.n * shape.k));
+    let run = |isa| {
+        let cpu = Cpu::new(isa, 2);
+        let mut out = vec![0.0; 19 * shape.n];
+        cpu.gemm(&x, &pack(&cpu, shape, WeightType::Int8, &w), Epilogue::Store, &mut out);
+        out
+    };
+    let expected = run(Isa::Portable);
+    Isa::available().into_iter().for_each(|isa| assert_eq!(run(isa), expected, "{}", isa.name()));
+}
+
+/// I11: ranks that each hold some pieces of k, summed in the tree, give the bits of one that holds all.
+#[test]
+fn i11_pieces_summed_over_ranks_give_the_same_bits() {
+    let (m, n, k) = (5, 96, 768);
+    let (x, w) = (numbers(3, m * k), numbers(4, n * k));
+    for (isa, dtype) in Isa::available().into_iter().flat_map(|isa| DTYPES.map(|dtype| (isa, dtype))) {
+        let cpu = Cpu::new(isa, 2);
+        let part = |ranks: usize, rank: usize| {
+            let own = k / ranks;
+            let x: Vec<f32> = x.chunks(k).flat_map(|row| &row[rank * own..][..own]).copied().collect();
+            let shape = ProductShape::new(n, k).in_pieces().share(rank, ranks);
+            let packed = cpu.pack_rows(shape, dtype, &|row, out| out.copy_from_slice(&w[row * k..][..k]));
+            let mut out = vec![0.0; m * n];
+            cpu.gemm(&x, &packed, Epilogue::Store, &mut out);
+            out
+        };
+        let whole = part(1, 0);
+        for ranks in [2, 4, 8] {
+            let mut parts: Vec<Vec<f32>> = (0..ranks).map(|rank| part(ranks, rank)).collect();
+            while parts.len() > 1 {
+                parts = parts.chunks(2).map(|p| p[0].iter().zip(&p[1]).map(|(a, b)| a + b).collect()).collect();
+            }
+            assert!(parts[0] == whole, "{} {dtype:?} {ranks} ranks", isa.name());
         }
     }
 }
@@ -79,12 +164,12 @@ fn edge_shapes_agree_with_the_definition() {
 /// I4: a row's bits depend neither on the number of rows nor on threads.
 #[test]
 fn rows_are_bit_identical_alone_and_together() {
-    let (n, k) = (200, 97);
+    let (n, k) = (200, 104);
     let (x, w) = (numbers(5, 64 * k), numbers(6, n * k));
     for isa in Isa::available() {
-        for dtype in [WeightType::F32, WeightType::Bf16] {
+        for dtype in DTYPES {
             let alone = Cpu::new(isa, 1);
-            let packed = alone.pack(n, k, &w, dtype);
+            let packed = pack(&alone, ProductShape::new(n, k).in_pieces(), dtype, &w);
             let mut rows = vec![0.0; 64 * n];
             for (x, out) in x.chunks(k).zip(rows.chunks_mut(n)) {
                 alone.gemm(x, &packed, Epilogue::Store, out);
@@ -110,8 +195,7 @@ proptest! {
 
     #[test]
     fn drawn_shapes_agree_with_the_definition(m in 1usize..40, n in 1usize..150, k in 1usize..200, seed in 0u64..1000) {
-        agreement(m, n, k, WeightType::F32, seed);
-        agreement(m, n, k, WeightType::Bf16, seed);
+        DTYPES.into_iter().for_each(|dtype| agreement(m, n, k, dtype, seed));
     }
 
     #[test]
@@ -171,7 +255,7 @@ fn empty_products_are_empty_sums() {
     assert_eq!(c, [7.0; 6]);
     cpu.matmul(a, b, &mut c, false);
     assert_eq!(c, [0.0; 6]);
-    for dtype in [WeightType::F32, WeightType::Bf16] {
+    for dtype in DTYPES {
         cpu.gemm(&[], &cpu.pack(2, 3, &[1.0; 6], dtype), Epilogue::Store, &mut []);
     }
 }
@@ -198,7 +282,7 @@ fn speeds() {
     for threads in [1, cores] {
         let cpu = Cpu::new(isa, threads);
         println!("{}, {threads} threads: best (median) GFLOP/s", isa.name());
-        for dtype in [WeightType::F32, WeightType::Bf16] {
+        for dtype in DTYPES {
             for m in [1, 4, 16, 64, 256] {
                 gemm_speed(&cpu, m, 4096, 1024, dtype);
             }

@@ -1,20 +1,21 @@
 //! The decoder of Llama-, Qwen2- and Qwen3-like models: RMSNorm, rotary attention, SwiGLU (Touvron et al. 2023).
 
-use super::weights::{Weights, floats};
+use super::loader::{Embedding, Layer, Loader, Share, Source};
+use super::weights::Weights;
 use super::{LoadError, ModelConfig, Overrides, TensorInfo};
 use crate::request::BLOCK_SIZE_MAX;
 use safetensors::tensor::TensorView;
 use sha2::Digest;
-use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
 use unmask_kernels::{
-    Bans, Cpu, Draw, EmbeddingTable, Epilogue, Isa, KvCache, KvType, Packed, QkNorm, Record, Rotary, RowTable,
-    WeightType,
+    Bans, Cpu, Draw, Epilogue, HeadShape, Isa, KvCache, KvType, Packed, Partial, QkNorm, Record, Rotary, RowTable,
+    VocabShard, WeightType,
 };
 
 /// Rises when a kernel's bits change: part of the numerics id.
-const KERNEL_VERSION: u32 = 1;
+const KERNEL_VERSION: u32 = 2;
 
 /// How to load a checkpoint.
 #[derive(Debug, Clone)]
@@ -29,12 +30,21 @@ pub struct LoadOptions {
     pub isa: Option<Isa>,
     /// What the user says instead of the files.
     pub overrides: Overrides,
+    /// Which part of the model to load.
+    pub share: Share,
 }
 
 impl Default for LoadOptions {
     /// f32 throughout, on all cores.
     fn default() -> Self {
-        Self { dtype: WeightType::F32, kv_type: KvType::F32, threads: 0, isa: None, overrides: Overrides::default() }
+        Self {
+            dtype: WeightType::F32,
+            kv_type: KvType::F32,
+            threads: 0,
+            isa: None,
+            overrides: Overrides::default(),
+            share: Share::WHOLE,
+        }
     }
 }
 
@@ -44,28 +54,20 @@ pub struct Model {
     cpu: Arc<Cpu>,
     kv_type: KvType,
     dtype: WeightType,
-    embedding: EmbeddingTable,
+    embedding: Embedding,
     layers: Vec<Layer>,
     norm: Vec<f32>,
-    head: Packed,
+    /// The rank's rows of the vocabulary.
+    head: Option<Packed>,
+    vocab: VocabShard,
+    /// The rank's heads.
+    heads: HeadShape,
+    /// The rank's columns of the feed-forward part.
+    ffn: usize,
     rotary: Rotary,
     numerics_id: String,
     parameters: u64,
     tensors: Vec<TensorInfo>,
-}
-
-struct Layer {
-    attention_norm: Vec<f32>,
-    /// Rows [q | k | v].
-    qkv: Packed,
-    qkv_bias: Option<Vec<f32>>,
-    q_norm: Vec<f32>,
-    k_norm: Vec<f32>,
-    out: Packed,
-    ffn_norm: Vec<f32>,
-    /// Rows gate 0, up 0, gate 1, up 1, ..
-    gate_up: Packed,
-    down: Packed,
 }
 
 /// Buffers of one step, sized once for its most rows.
@@ -81,6 +83,8 @@ pub struct Scratch {
     mixed: Vec<f32>,
     /// (rows, ffn)
     gated: Vec<f32>,
+    /// The rank's part of a sum over ranks (rows, hidden).
+    partial: Vec<f32>,
     outputs: usize,
 }
 
@@ -91,34 +95,61 @@ impl Model {
     /// [`LoadError`] says which file, key or tensor is at fault.
     pub fn load(dir: &Path, options: &LoadOptions) -> Result<Model, LoadError> {
         let config = ModelConfig::load(dir, &options.overrides)?;
-        let isa = options.isa.map_or_else(Isa::detect, Ok)?;
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let cpu = Arc::new(Cpu::new(isa, if options.threads == 0 { cores } else { options.threads }));
+        let cpu = Self::cpu(options)?;
         let weights = Weights::open(dir)?;
         weights.check(&config)?;
-        let numerics_id = numerics_id(&weights, &config, options, isa);
+        let numerics_id = numerics_id(&weights, &config, options, cpu.isa());
         let tensors = weights.tensors()?;
-        let loader = Loader { cpu: &cpu, tensors: &tensors, dtype: options.dtype };
-        let embedding = loader.floats("model.embed_tokens.weight");
-        let head = if config.tied {
-            cpu.pack(config.vocab_rows as usize, config.hidden as usize, &embedding, options.dtype)
-        } else {
-            loader.pack(&["lm_head.weight"])
-        };
+        let parameters = tensors.values().map(|view| view.shape().iter().product::<usize>() as u64).sum();
+        let info = tensors.iter().map(|(name, view)| info(name, view)).collect();
+        Self::build(config, options, cpu, Source::Files(&tensors), (numerics_id, parameters, info))
+    }
+
+    /// A model of the given shape with weights drawn from `seed`, to measure what needs no trained ones.
+    ///
+    /// # Errors
+    /// The instruction set or the share of the options cannot be had.
+    pub fn drawn(config: ModelConfig, options: &LoadOptions, seed: u64) -> Result<Model, LoadError> {
+        let cpu = Self::cpu(options)?;
+        Self::build(config, options, cpu, Source::Drawn(seed), (format!("drawn-{seed}"), 0, Vec::new()))
+    }
+
+    fn cpu(options: &LoadOptions) -> Result<Arc<Cpu>, LoadError> {
+        let isa = options.isa.map_or_else(Isa::detect, Ok)?;
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        Ok(Arc::new(Cpu::new(isa, if options.threads == 0 { cores } else { options.threads })))
+    }
+
+    fn build(
+        config: ModelConfig,
+        options: &LoadOptions,
+        cpu: Arc<Cpu>,
+        source: Source<'_>,
+        (numerics_id, parameters, tensors): (String, u64, Vec<TensorInfo>),
+    ) -> Result<Model, LoadError> {
+        let share = options.share;
+        let problems = share.problems(&config);
+        if !problems.is_empty() {
+            return Err(LoadError::Share { ranks: share.ranks, problems });
+        }
+        let loader = Loader { cpu: &cpu, source, config: &config, dtype: options.dtype, share };
         // Blocks may reach past the context by less than a block.
         let positions = (config.context_length + BLOCK_SIZE_MAX) as usize;
-        let dim = config.heads.head_dim;
+        let rotary = Rotary::new(config.heads.head_dim, config.rotary_dim as usize, config.rope_theta, positions);
         Ok(Model {
-            layers: (0..config.layers).map(|layer| loader.layer(layer, &config)).collect(),
-            embedding: EmbeddingTable::new(config.hidden as usize, &embedding, options.dtype),
-            norm: loader.floats("model.norm.weight"),
-            head,
-            rotary: Rotary::new(dim, config.rotary_dim as usize, config.rope_theta, positions),
+            layers: (0..config.layers).map(|layer| loader.layer(layer)).collect(),
+            embedding: loader.embedding(),
+            norm: loader.norm(),
+            head: loader.head(),
+            heads: share.heads(&config.heads),
+            ffn: config.ffn as usize / share.ranks,
+            vocab: share.vocab(&config),
+            rotary,
             kv_type: options.kv_type,
             dtype: options.dtype,
             numerics_id,
-            parameters: tensors.values().map(|view| view.shape().iter().product::<usize>() as u64).sum(),
-            tensors: tensors.iter().map(|(name, view)| info(name, view)).collect(),
+            parameters,
+            tensors,
             config,
             cpu,
         })
@@ -159,96 +190,191 @@ impl Model {
         &self.tensors
     }
 
-    /// A cache of `pages` pages.
+    /// A cache of `pages` pages for the rank's heads.
     pub fn new_kv(&self, pages: usize) -> KvCache {
-        KvCache::new(self.config.layers as usize, &self.config.heads, pages, self.kv_type)
+        KvCache::new(self.config.layers as usize, &self.heads, pages, self.kv_type)
+    }
+
+    /// Bytes of one page of the cache over all layers.
+    pub fn page_bytes(&self) -> usize {
+        KvCache::page_bytes(self.config.layers as usize, &self.heads, self.kv_type)
+    }
+
+    /// Bytes of the packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.gate_up, &l.down]).chain(&self.head);
+        let table = if let Embedding::Table(table) = &self.embedding { table.bytes() } else { 0 };
+        layers.map(Packed::bytes).sum::<usize>() + table
     }
 
     /// Buffers for steps of up to `rows_max` rows.
     pub fn new_scratch(&self, rows_max: usize) -> Scratch {
-        let (hidden, heads) = (self.config.hidden as usize, &self.config.heads);
+        let (hidden, shared) = (self.config.hidden as usize, self.vocab.ranks > 1);
         Scratch {
             rows_max,
             stream: vec![0.0; rows_max * hidden],
             normed: vec![0.0; rows_max * hidden],
-            qkv: vec![0.0; rows_max * heads.qkv_width()],
-            mixed: vec![0.0; rows_max * heads.out_width()],
-            gated: vec![0.0; rows_max * self.config.ffn as usize],
+            qkv: vec![0.0; rows_max * self.heads.qkv_width()],
+            mixed: vec![0.0; rows_max * self.heads.out_width()],
+            gated: vec![0.0; rows_max * self.ffn],
+            partial: vec![0.0; if shared { rows_max * hidden } else { 0 }],
             outputs: 0,
         }
     }
 
-    /// One pass: `ids` hold one id per row of the table. Keys and values of every row go to the cache; the rows named by
-    /// `outputs` (ascending) are left normalised for [`Model::reduce`] and [`Model::logits`].
+    /// One pass of a whole model: `ids` hold one id per row of the table. Keys and values of every row go to the cache;
+    /// the rows named by `outputs` (ascending) are left normalised for [`Model::reduce`] and [`Model::logits`].
     ///
     /// # Panics
     /// When ids, rows and buffers do not fit each other: the caller has checked what users send.
     pub fn forward(&self, ids: &[u32], rows: &RowTable<'_>, outputs: &[u32], kv: &mut KvCache, scratch: &mut Scratch) {
+        match self.pass(ids, rows, outputs, kv, scratch, &mut Alone) {
+            Ok(()) => {}
+            Err(never) => match never {},
+        }
+    }
+
+    /// [`Model::forward`] of one rank of a group, or of a model whose operations are watched.
+    ///
+    /// # Errors
+    /// What the link says when another rank fails; the cache's rows of this pass are then undefined.
+    pub fn pass<L: Link>(
+        &self,
+        ids: &[u32],
+        rows: &RowTable<'_>,
+        outputs: &[u32],
+        kv: &mut KvCache,
+        scratch: &mut Scratch,
+        link: &mut L,
+    ) -> Result<(), L::Error> {
         let count = ids.len();
         assert!(count <= scratch.rows_max && rows.rows.len() == count, "a pass must fit its buffers");
         let within = outputs.last().is_none_or(|&row| (row as usize) < count);
         assert!(within && outputs.is_sorted_by(|a, b| a < b), "outputs must be rows of the pass, ascending");
-        let (hidden, heads) = (self.config.hidden as usize, &self.config.heads);
-        let Scratch { stream, normed, qkv, mixed, gated, .. } = scratch;
-        let qkv = &mut qkv[..count * heads.qkv_width()];
-        self.cpu.embed(ids, &self.embedding, &mut stream[..count * hidden]);
+        let (hidden, eps) = (self.config.hidden as usize, self.config.rms_eps);
+        self.embed(ids, &mut scratch.stream[..count * hidden], link)?;
         // Rows that still matter: past the last attention only those of the outputs.
         let mut count = count;
         for (index, layer) in self.layers.iter().enumerate() {
-            self.attend(index, rows, qkv, &stream[..count * hidden], normed, mixed, kv);
+            self.attend(index, rows, kv, scratch, link);
+            let Scratch { stream, normed, mixed, gated, partial, .. } = scratch;
             if index + 1 == self.layers.len() {
                 keep_rows(stream, hidden, outputs);
-                keep_rows(mixed, heads.out_width(), outputs);
+                keep_rows(mixed, self.heads.out_width(), outputs);
                 count = outputs.len();
             }
             let (stream, normed) = (&mut stream[..count * hidden], &mut normed[..count * hidden]);
-            let gated = &mut gated[..count * self.config.ffn as usize];
-            self.cpu.gemm(&mixed[..count * heads.out_width()], &layer.out, Epilogue::Add, stream);
-            self.cpu.rms_norm(stream, &layer.ffn_norm, self.config.rms_eps, normed);
+            let (mixed, gated) = (&mixed[..count * self.heads.out_width()], &mut gated[..count * self.ffn]);
+            self.add_product(mixed, &layer.out, stream, partial, link, Operation::Out)?;
+            self.cpu.rms_norm(stream, &layer.ffn_norm, eps, normed);
+            link.after(Operation::Norm);
             self.cpu.gemm(normed, &layer.gate_up, Epilogue::SiluMul, gated);
-            self.cpu.gemm(gated, &layer.down, Epilogue::Add, stream);
+            link.after(Operation::GateUp);
+            self.add_product(gated, &layer.down, stream, partial, link, Operation::Down)?;
         }
-        self.cpu.rms_norm(&stream[..count * hidden], &self.norm, self.config.rms_eps, &mut normed[..count * hidden]);
+        let Scratch { stream, normed, .. } = scratch;
+        self.cpu.rms_norm(&stream[..count * hidden], &self.norm, eps, &mut normed[..count * hidden]);
+        link.after(Operation::Norm);
         scratch.outputs = outputs.len();
+        Ok(())
+    }
+
+    /// Rows of the embedding. Of a tied head each rank holds some ids and adds zero for the others.
+    fn embed<L: Link>(&self, ids: &[u32], out: &mut [f32], link: &mut L) -> Result<(), L::Error> {
+        match (&self.embedding, &self.head) {
+            (Embedding::Table(table), _) => self.cpu.embed(ids, table, out),
+            (Embedding::Tied, Some(head)) => self.cpu.embed_tied(ids, head, self.vocab.ids().start as u32, out),
+            (Embedding::Tied, None) => out.fill(0.0),
+        }
+        link.after(Operation::Embed);
+        if self.vocab.ranks > 1 && matches!(self.embedding, Embedding::Tied) {
+            link.all_reduce(out)?;
+            link.after(Operation::AllReduce);
+        }
+        Ok(())
     }
 
     /// Attention of one layer: from the residual stream to the heads' mixed values, through the cache.
-    #[allow(clippy::too_many_arguments)]
-    fn attend(
+    fn attend<L: Link>(
         &self,
         index: usize,
         rows: &RowTable<'_>,
-        qkv: &mut [f32],
-        stream: &[f32],
-        normed: &mut [f32],
-        mixed: &mut [f32],
         kv: &mut KvCache,
+        scratch: &mut Scratch,
+        link: &mut L,
     ) {
-        let (layer, heads, eps) = (&self.layers[index], &self.config.heads, self.config.rms_eps);
-        let (normed, mixed) = (&mut normed[..stream.len()], &mut mixed[..rows.rows.len() * heads.out_width()]);
-        self.cpu.rms_norm(stream, &layer.attention_norm, eps, normed);
+        let (layer, heads, eps) = (&self.layers[index], &self.heads, self.config.rms_eps);
+        let (count, hidden) = (rows.rows.len(), self.config.hidden as usize);
+        let normed = &mut scratch.normed[..count * hidden];
+        let (qkv, mixed) =
+            (&mut scratch.qkv[..count * heads.qkv_width()], &mut scratch.mixed[..count * heads.out_width()]);
+        self.cpu.rms_norm(&scratch.stream[..count * hidden], &layer.attention_norm, eps, normed);
+        link.after(Operation::Norm);
         let bias = layer.qkv_bias.as_deref().map_or(Epilogue::Store, Epilogue::Bias);
         self.cpu.gemm(normed, &layer.qkv, bias, qkv);
+        link.after(Operation::Qkv);
         let norms = self.config.qk_norm.then_some(QkNorm { q: &layer.q_norm, k: &layer.k_norm, eps });
         self.cpu.rope_append(qkv, heads, &self.rotary, norms, rows, index, kv);
+        link.after(Operation::RopeAppend);
         self.cpu.attention(qkv, heads, rows, index, kv, mixed);
+        link.after(Operation::Attention);
+    }
+
+    /// `stream += x W^T` for a W whose k is shared out among the ranks.
+    fn add_product<L: Link>(
+        &self,
+        x: &[f32],
+        w: &Packed,
+        stream: &mut [f32],
+        partial: &mut [f32],
+        link: &mut L,
+        operation: Operation,
+    ) -> Result<(), L::Error> {
+        if self.vocab.ranks == 1 {
+            self.cpu.gemm(x, w, Epilogue::Add, stream);
+            link.after(operation);
+            return Ok(());
+        }
+        let partial = &mut partial[..stream.len()];
+        self.cpu.gemm(x, w, Epilogue::Store, partial);
+        link.after(operation);
+        link.all_reduce(partial)?;
+        stream.iter_mut().zip(partial).for_each(|(sum, y)| *sum += *y);
+        link.after(Operation::AllReduce);
+        Ok(())
     }
 
     /// Reduces the logits of the last pass's outputs to one record each.
+    ///
+    /// # Panics
+    /// The model is not whole: ranks reduce their own part with [`Model::reduce_share`].
     pub fn reduce(&self, scratch: &Scratch, bans: &Bans, draws: &[Draw], records: &mut [Record]) {
-        self.cpu.vocab_reduce(self.output_rows(scratch), &self.head, bans, draws, records);
+        self.cpu.vocab_reduce(self.output_rows(scratch), self.whole_head(), bans, draws, records);
+    }
+
+    /// Reduces the rank's part of the logits of the last pass's outputs.
+    pub fn reduce_share(&self, scratch: &Scratch, bans: &Bans, draws: &[Draw], partials: &mut [Partial]) {
+        let rows = self.output_rows(scratch);
+        self.cpu.vocab_partials(rows, self.head.as_ref(), self.vocab, bans, draws, partials);
     }
 
     /// Raw head rows of the last pass's outputs, (outputs, vocab_rows).
     pub fn logits(&self, scratch: &Scratch, out: &mut [f32]) {
-        self.cpu.logits(self.output_rows(scratch), &self.head, out);
+        self.cpu.logits(self.output_rows(scratch), self.whole_head(), out);
     }
 
-    /// Raw head row of one output of the last pass.
+    /// Raw head row of one output of the last pass: of a rank the part that it holds.
     pub fn row_logits(&self, scratch: &Scratch, output: usize, out: &mut Vec<f32>) {
         let hidden = self.config.hidden as usize;
-        out.resize(self.config.vocab_rows as usize, 0.0);
-        self.cpu.logits(&self.output_rows(scratch)[output * hidden..(output + 1) * hidden], &self.head, out);
+        out.resize(self.vocab.ids().len(), 0.0);
+        if let Some(head) = &self.head {
+            self.cpu.logits(&self.output_rows(scratch)[output * hidden..(output + 1) * hidden], head, out);
+        }
+    }
+
+    fn whole_head(&self) -> &Packed {
+        let head = self.head.as_ref().filter(|_| self.vocab.ranks == 1);
+        head.unwrap_or_else(|| unreachable!("one rank of a group has no whole head"))
     }
 
     fn output_rows<'a>(&self, scratch: &'a Scratch) -> &'a [f32] {
@@ -256,55 +382,77 @@ impl Model {
     }
 }
 
+/// A kind of operation of a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Operation {
+    /// Gathering rows of the embedding.
+    Embed,
+    /// Any RMS norm.
+    Norm,
+    /// Product to queries, keys and values.
+    Qkv,
+    /// Norms of heads, rotation, append to the cache.
+    RopeAppend,
+    /// Attention over the cache.
+    Attention,
+    /// Product of attention's output, with the residual.
+    Out,
+    /// Product to gates and ups, with the activation.
+    GateUp,
+    /// Product back to the stream, with the residual.
+    Down,
+    /// Product with the head, and the reduction of its logits.
+    Head,
+    /// Sums over the ranks of a group.
+    AllReduce,
+}
+
+impl Operation {
+    /// Lower-case name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Operation::Embed => "embed",
+            Operation::Norm => "norm",
+            Operation::Qkv => "qkv",
+            Operation::RopeAppend => "rope_append",
+            Operation::Attention => "attention",
+            Operation::Out => "out",
+            Operation::GateUp => "gate_up",
+            Operation::Down => "down",
+            Operation::Head => "head",
+            Operation::AllReduce => "all_reduce",
+        }
+    }
+}
+
+/// What ties the passes of the ranks of a group together; also sees every operation end.
+pub trait Link {
+    /// Why another rank did not answer.
+    type Error;
+    /// Every rank ends with the sum of all ranks' values.
+    ///
+    /// # Errors
+    /// Another rank failed.
+    fn all_reduce(&mut self, values: &mut [f32]) -> Result<(), Self::Error>;
+    /// An operation has ended.
+    fn after(&mut self, _operation: Operation) {}
+}
+
+/// The link of a whole model: there is nobody else.
+pub struct Alone;
+
+impl Link for Alone {
+    type Error = Infallible;
+
+    fn all_reduce(&mut self, _: &mut [f32]) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
 /// Moves the rows named by `kept` (ascending) to the front.
 fn keep_rows(values: &mut [f32], width: usize, kept: &[u32]) {
     for (to, &from) in kept.iter().enumerate() {
         values.copy_within(from as usize * width..(from as usize + 1) * width, to * width);
-    }
-}
-
-/// Packs tensors that the check has found present.
-struct Loader<'a> {
-    cpu: &'a Cpu,
-    tensors: &'a BTreeMap<String, TensorView<'a>>,
-    dtype: WeightType,
-}
-
-impl Loader<'_> {
-    fn floats(&self, name: &str) -> Vec<f32> {
-        self.tensors.get(name).map(floats).unwrap_or_default()
-    }
-
-    /// One product of several tensors' rows, in order.
-    fn pack(&self, names: &[&str]) -> Packed {
-        let rows: usize = names.iter().filter_map(|name| self.tensors.get(*name)).map(|view| view.shape()[0]).sum();
-        let weights: Vec<f32> = names.iter().flat_map(|name| self.floats(name)).collect();
-        self.cpu.pack(rows, weights.len() / rows, &weights, self.dtype)
-    }
-
-    fn layer(&self, layer: u32, config: &ModelConfig) -> Layer {
-        let at = |name: &str| format!("model.layers.{layer}.{name}");
-        let qkv = ["q", "k", "v"].map(|name| at(&format!("self_attn.{name}_proj.weight")));
-        let biases = ["q", "k", "v"].map(|name| at(&format!("self_attn.{name}_proj.bias")));
-        let (gate, up) = (self.floats(&at("mlp.gate_proj.weight")), self.floats(&at("mlp.up_proj.weight")));
-        let hidden = config.hidden as usize;
-        let mut gate_up = Vec::with_capacity(gate.len() + up.len());
-        for (gate, up) in gate.chunks_exact(hidden).zip(up.chunks_exact(hidden)) {
-            gate_up.extend_from_slice(gate);
-            gate_up.extend_from_slice(up);
-        }
-        drop((gate, up));
-        Layer {
-            attention_norm: self.floats(&at("input_layernorm.weight")),
-            qkv: self.pack(&qkv.each_ref().map(String::as_str)),
-            qkv_bias: config.qkv_bias.then(|| biases.iter().flat_map(|name| self.floats(name)).collect()),
-            q_norm: self.floats(&at("self_attn.q_norm.weight")),
-            k_norm: self.floats(&at("self_attn.k_norm.weight")),
-            out: self.pack(&[&at("self_attn.o_proj.weight")]),
-            ffn_norm: self.floats(&at("post_attention_layernorm.weight")),
-            gate_up: self.cpu.pack(2 * config.ffn as usize, hidden, &gate_up, self.dtype),
-            down: self.pack(&[&at("mlp.down_proj.weight")]),
-        }
     }
 }
 

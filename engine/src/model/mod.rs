@@ -1,12 +1,13 @@
 //! Models as mathematics: configuration, weights, forward pass.
 //!
 //! Reading order: [`family`] (one row of facts per architecture), [`config`] (every value with its origin; `tokens`
-//! for the ids), [`weights`] (safetensors to packed panels), [`decoder`] (the forward pass).
+//! for the ids), [`weights`] (safetensors), `loader` (tensors to packed panels), [`decoder`] (the forward pass).
 
 pub mod config;
 pub mod decoder;
 pub mod family;
 mod json;
+mod loader;
 mod tokens;
 pub mod weights;
 
@@ -14,8 +15,9 @@ pub mod weights;
 mod tests;
 
 pub use config::{DecodeDefaults, Entry, Infill, ModelConfig, Overrides};
-pub use decoder::{LoadOptions, Model, Scratch};
+pub use decoder::{Alone, Link, LoadOptions, Model, Operation, Scratch};
 pub use family::Family;
+pub use loader::Share;
 pub use weights::TensorInfo;
 
 use std::path::{Path, PathBuf};
@@ -72,6 +74,14 @@ pub enum LoadError {
         /// The model's folder.
         path: PathBuf,
         /// One line each, with the tensor's name.
+        problems: Vec<String>,
+    },
+    /// The model cannot be shared out among that many ranks; all reasons.
+    #[error("tensor-parallel degree {ranks}: {list}", list = .problems.join("; "))]
+    Share {
+        /// Ranks.
+        ranks: usize,
+        /// One line each.
         problems: Vec<String>,
     },
     /// The instruction set asked for is not available.

@@ -175,13 +175,14 @@ fn expected(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     all
 }
 
-/// A tensor's elements as f32.
-pub(super) fn floats(view: &TensorView<'_>) -> Vec<f32> {
-    let data = view.data();
+/// Elements of a tensor from `first` on, as f32.
+pub(super) fn floats(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
+    let width = if view.dtype() == Dtype::F32 { 4 } else { 2 };
+    let source = view.data()[first * width..].chunks_exact(width).zip(out);
     match view.dtype() {
-        Dtype::F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::F16 => data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        Dtype::F32 => source.for_each(|(b, out)| *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        Dtype::F16 => source.for_each(|(b, out)| *out = f16::from_le_bytes([b[0], b[1]]).to_f32()),
         // Other types were refused by the check.
-        _ => data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        _ => source.for_each(|(b, out)| *out = bf16::from_le_bytes([b[0], b[1]]).to_f32()),
     }
 }

@@ -63,7 +63,7 @@ macro_rules! dispatch {
         match $isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Cpu::new` refuses an instruction set that the host lacks, and kernels take theirs from a `Cpu`.
-            $crate::Isa::Avx512 => unsafe {
+            $crate::Isa::Avx512 | $crate::Isa::Amx => unsafe {
                 $crate::lanes::avx512::enter(#[inline(always)] || $f::<$crate::lanes::avx512::F32x16>($($arg),*))
             },
             #[cfg(target_arch = "x86_64")]

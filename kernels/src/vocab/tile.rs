@@ -10,7 +10,7 @@ use crate::lanes::*;
 const CHUNK: usize = 16;
 
 /// A winner: its score, id and logit. `id` is [`NOBODY`] while nothing allowed and finite was seen.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Winner {
     score: f32,
     id: u32,
@@ -20,8 +20,8 @@ struct Winner {
 const NOBODY: u32 = u32::MAX;
 
 /// What is known of one row over a range of ids.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Partial {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Partial {
     max: f32,
     sum_exp: f32,
     sum_x_exp: f32,
@@ -39,9 +39,38 @@ impl Winner {
     }
 }
 
+/// Bytes of a [`Partial`] on the wire.
+pub const PARTIAL_BYTES: usize = 40;
+
 impl Partial {
+    /// Little-endian form, for other ranks.
+    pub fn to_bytes(&self) -> [u8; PARTIAL_BYTES] {
+        let Partial { max, sum_exp, sum_x_exp, best, second, chosen } = self;
+        let winner = |w: &Winner| [w.score.to_bits(), w.id, w.logit.to_bits()];
+        let ([a, b, c], [d, e, f]) = (winner(best), winner(chosen));
+        let words = [max.to_bits(), sum_exp.to_bits(), sum_x_exp.to_bits(), a, b, c, second.to_bits(), d, e, f];
+        let mut bytes = [0; PARTIAL_BYTES];
+        bytes.chunks_exact_mut(4).zip(words).for_each(|(out, word)| out.copy_from_slice(&word.to_le_bytes()));
+        bytes
+    }
+
+    /// The reduction that [`Partial::to_bytes`] wrote.
+    pub fn from_bytes(bytes: &[u8; PARTIAL_BYTES]) -> Partial {
+        let word = |i: usize| u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]);
+        let float = |i: usize| f32::from_bits(word(i));
+        let winner = |i: usize| Winner { score: float(i), id: word(i + 1), logit: float(i + 2) };
+        Partial {
+            max: float(0),
+            sum_exp: float(1),
+            sum_x_exp: float(2),
+            best: winner(3),
+            second: float(6),
+            chosen: winner(7),
+        }
+    }
+
     /// Nothing seen.
-    pub(super) const EMPTY: Partial = Partial {
+    pub const EMPTY: Partial = Partial {
         max: f32::NEG_INFINITY,
         sum_exp: 0.0,
         sum_x_exp: 0.0,
@@ -51,7 +80,7 @@ impl Partial {
     };
 
     /// Both ranges as one; `self` covers the lower ids.
-    pub(super) fn merge(&self, later: &Partial) -> Partial {
+    pub fn merge(&self, later: &Partial) -> Partial {
         let max = self.max.max(later.max);
         let (a, b) = (self.rescaled(max), later.rescaled(max));
         Partial {
@@ -78,7 +107,7 @@ impl Partial {
     }
 
     /// The record of a row; `fallback` wins where no allowed logit is above minus infinity.
-    pub(super) fn record(&self, draw: &Draw, fallback: u32) -> Record {
+    pub fn record(&self, draw: &Draw, fallback: u32) -> Record {
         let best = if self.best.id == NOBODY { Winner { id: fallback, ..Winner::NONE } } else { self.best };
         let chosen = if draw.temperature > 0.0 && self.chosen.id != NOBODY { self.chosen } else { best };
         Record {

@@ -1,0 +1,121 @@
+//! Products on tile registers: 16 rows times one panel, whatever the number of rows that count.
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) use tiles::{Configured, product};
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tiles {
+    use crate::Isa;
+    use crate::gemm::tile::Tile;
+    use crate::gemm::{BLOCK_WEIGHTS, input::BLOCK};
+    use crate::pack::WeightType;
+    use std::arch::asm;
+
+    /// Shapes of the tile registers: all 16 rows of 64 bytes.
+    #[repr(C, align(64))]
+    struct Configuration {
+        palette: u8,
+        start_row: u8,
+        reserved: [u8; 14],
+        row_bytes: [u16; 16],
+        rows: [u8; 16],
+    }
+
+    static WHOLE: Configuration = Configuration {
+        palette: 1,
+        start_row: 0,
+        reserved: [0; 14],
+        row_bytes: [64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        rows: [16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    };
+
+    /// While it lives, this thread's tile registers are configured.
+    pub(in crate::gemm) struct Configured(bool);
+
+    impl Configured {
+        pub(in crate::gemm) fn new(isa: Isa) -> Self {
+            if isa == Isa::Amx {
+                // SAFETY: `Cpu::new` refuses this set where tiles are not available; the configuration is valid.
+                unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const WHOLE, options(nostack, readonly)) };
+            }
+            Configured(isa == Isa::Amx)
+        }
+    }
+
+    impl Drop for Configured {
+        fn drop(&mut self) {
+            if self.0 {
+                // SAFETY: as above. Released, the registers need no saving when the thread sleeps.
+                unsafe { asm!("tilerelease", options(nostack, nomem)) };
+            }
+        }
+    }
+
+    /// One loop over blocks; `$dot` multiplies and adds two tiles.
+    macro_rules! blocks {
+        ($dot:literal, $x:expr, $weights:expr, $count:expr, $out:expr) => {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "2:",
+                "tileloadd tmm2, [{x} + {line}]",
+                "tileloadd tmm3, [{w} + {row}]",
+                concat!($dot, " tmm0, tmm2, tmm3"),
+                "tileloadd tmm4, [{w} + {row} + 64]",
+                concat!($dot, " tmm1, tmm2, tmm4"),
+                "add {x}, 1024",
+                "add {w}, 2048",
+                "dec {count}",
+                "jnz 2b",
+                "tilestored [{out} + {row}], tmm0",
+                "tilestored [{out} + {row} + 64], tmm1",
+                x = inout(reg) $x => _,
+                w = inout(reg) $weights => _,
+                count = inout(reg) $count => _,
+                out = in(reg) $out,
+                line = in(reg) 64usize,
+                row = in(reg) 128usize,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _,
+                options(nostack)
+            )
+        };
+    }
+
+    /// Inputs `[block][row][group]` times weights `[block][group][PANEL]`; int8 leaves the bits of i32 sums.
+    pub(in crate::gemm) fn product(x: &[u32], weights: &[u32], dtype: WeightType, tile: &mut Tile) {
+        let blocks = x.len() / BLOCK;
+        assert!(blocks > 0 && x.len() == blocks * BLOCK && weights.len() == blocks * BLOCK_WEIGHTS);
+        let (x, weights, out) = (x.as_ptr(), weights.as_ptr(), tile.0.as_mut_ptr());
+        // SAFETY: a block of inputs is 1024 bytes and of weights 2048, the lengths are checked above; a tile's rows are
+        // 128 bytes apart; the caller configured the registers, which no compiled code uses.
+        unsafe {
+            match dtype {
+                WeightType::Int8 => blocks!("tdpbssd", x, weights, blocks, out),
+                _ => blocks!("tdpbf16ps", x, weights, blocks, out),
+            }
+        }
+    }
+}
+
+/// Other hosts have no tile registers.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(super) use absent::{Configured, product};
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod absent {
+    use crate::Isa;
+    use crate::gemm::tile::Tile;
+    use crate::pack::WeightType;
+
+    pub(in crate::gemm) struct Configured;
+
+    impl Configured {
+        pub(in crate::gemm) fn new(_: Isa) -> Self {
+            Configured
+        }
+    }
+
+    pub(in crate::gemm) fn product(_: &[u32], _: &[u32], _: WeightType, _: &mut Tile) {
+        unreachable!("this host has no tile registers")
+    }
+}
