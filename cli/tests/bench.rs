@@ -2,7 +2,20 @@
 #![allow(clippy::unwrap_used)]
 
 use serde_json::Value;
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Command, Output};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use unmask::args::{Dtype, ModelArgs};
+use unmask::bench::serve::load;
+use unmask::bench::serve::observe::Outcome;
+use unmask::bench::serve::progress::Progress;
+use unmask::bench::serve::prompts::Prompts;
+use unmask::bench::serve::schedule::Schedule;
+use unmask::bench::serve::summary::{Ended, Load};
+use unmask::bench::serve::target::{Questions, Target};
+use unmask::local::{Cluster, Listeners};
+use unmask_proto::v1::Decoding;
 
 /// Runs a small load on the bundled model in this process.
 fn serve(flags: &str) -> Output {
@@ -87,7 +100,7 @@ fn people_get_a_table_and_one_line_when_nothing_can_be_measured() {
     let output = serve("--rate 50 --requests 2 --max-tokens 8 --slo-first-block-ms 60000");
     let table = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success());
-    for part in ["open 50/s", "requests due", "tokens per pass", "first block within 60000 ms"] {
+    for part in ["open 50/s", "requests due", "tokens per pass", "first block came within 60000 ms"] {
         assert!(table.contains(part), "{part}: {table}");
     }
     for (flags, part) in [
@@ -102,4 +115,38 @@ fn people_get_a_table_and_one_line_when_nothing_can_be_measured() {
         assert!(error.contains(part) && error.lines().count() == 1, "{flags}: {error}");
     }
     assert_eq!(serve("--closed 8 --rate 4").status.code(), Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_run_keeps_what_it_saw() {
+    let model = ModelArgs { model: None, dtype: Dtype::F32, threads: 2 };
+    let data = tempfile::tempdir().unwrap();
+    let listeners = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await.unwrap();
+    let mut cluster = Cluster::start(listeners, &model, data.path().to_owned()).unwrap();
+    cluster.ready().await.unwrap();
+    let questions = Questions {
+        seed: 1,
+        prompts: Prompts::built_in(),
+        decoding: Decoding { max_tokens: Some(64), ..Decoding::default() },
+        timeout: Duration::from_secs(60),
+    };
+    let target = Target::connect(&cluster.gateway.to_string(), None, 200, questions).await.unwrap();
+
+    // One request now, and one that nobody will wait for.
+    let hour = Duration::from_secs(3600);
+    let schedule = Schedule { starts: vec![Duration::ZERO, hour], span: 2 * hour };
+    let load = Load::Open { rate: 1.0, arrivals: "uniform" };
+    let stop = CancellationToken::new();
+    let progress = Progress::new("open".into(), Some(2));
+    let interrupt = async {
+        while target.resolved().is_none() {
+            tokio::task::yield_now().await;
+        }
+        stop.cancel();
+    };
+    let (recording, ()) = tokio::join!(load::open(&target, load, &schedule, 8, &stop, progress), interrupt);
+    assert_eq!((recording.ended, recording.observations.len(), recording.shed), (Ended::Interrupted, 1, 0));
+    assert!(recording.span < hour);
+    assert!(!matches!(recording.observations[0].outcome, Outcome::Failed { .. }));
+    cluster.stop().await.unwrap();
 }

@@ -23,7 +23,8 @@ pub const EXAMPLES: &str = "Examples:
   unmask bench serve --rate 2,4,8,16 --slo-first-block-ms 200 --slo-block-ms 100 --json
   unmask bench serve --closed 8,32 --block-size 16 --policy threshold=0.9
   unmask bench serve --closed 8 --policy autoregressive --requests 100
-  unmask bench serve --endpoint http://127.0.0.1:7700 --arrivals burst --burst-size 16 --rate 8 --prompts humaneval.jsonl
+  unmask bench serve --endpoint http://127.0.0.1:7700
+  unmask bench serve --rate 8 --arrivals burst --burst-size 16 --prompts humaneval.jsonl
 
 What each number means: docs/benchmarks.md";
 
@@ -44,7 +45,7 @@ pub struct ServeArgs {
           value_parser = clap::value_parser!(u64).range(1..=CONCURRENCY_LIMIT))]
     pub closed: Vec<u64>,
     /// How long requests arrive, such as 500ms, 20s or 2m
-    #[arg(long, value_parser = duration, default_value = "20s")]
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "20s")]
     pub duration: Duration,
     /// Stop after so many requests instead
     #[arg(long, value_name = "N", conflicts_with = "duration", value_parser = clap::value_parser!(u64).range(1..=REQUESTS_MAX))]
@@ -83,7 +84,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(0..=REQUESTS_MAX))]
     pub warmup: u64,
     /// A request that takes longer has failed with DEADLINE_EXCEEDED
-    #[arg(long, value_parser = duration, default_value = "60s")]
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "60s")]
     pub timeout: Duration,
     /// The report as a JSON object
     #[arg(long)]
@@ -181,7 +182,7 @@ mod tests {
     fn every_example_parses() {
         let examples: Vec<&str> =
             EXAMPLES.lines().filter_map(|line| line.trim().strip_prefix("unmask bench serve")).collect();
-        assert_eq!(examples.len(), 5);
+        assert_eq!(examples.len(), 6);
         for flags in examples {
             parse(flags).unwrap();
         }

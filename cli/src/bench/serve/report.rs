@@ -1,6 +1,6 @@
 //! What is printed at the end.
 
-use super::summary::{Ended, Latency, Load, Summary};
+use super::summary::{Ended, Goodput, Latency, Load, Summary};
 use crate::bench::machine::Machine;
 use serde::Serialize;
 use serde_json::Value;
@@ -72,10 +72,11 @@ impl Report {
             let cells: Vec<String> = self.runs.iter().map(value).collect();
             text += &line(label, &cells);
         }
-        for note in self.runs.iter().flat_map(notes) {
-            text += &format!("\n{note}");
+        text += "\n";
+        for note in self.runs.iter().flat_map(notes).chain(self.runs.first().map(|run| good(&run.goodput))) {
+            text += &format!("{note}\n");
         }
-        text + "\n"
+        text
     }
 
     fn heading(&self) -> String {
@@ -167,8 +168,76 @@ fn notes(run: &Summary) -> Vec<String> {
     if matches!(run.load, Load::Closed { .. }) {
         notes.push(format!("{name}: a closed loop; its latencies leave out what later requests would have waited"));
     }
-    let bound = |ms: Option<f64>| ms.map_or_else(|| "any time".into(), |ms| format!("{ms} ms"));
-    let (first, block) = (bound(run.goodput.slo_first_block_ms), bound(run.goodput.slo_block_ms));
-    notes.push(format!("{name}: good is a first block within {first} and each later one within {block}"));
     notes
+}
+
+/// What goodput counted.
+fn good(goodput: &Goodput) -> String {
+    let first = goodput.slo_first_block_ms.map(|ms| format!("its first block came within {ms} ms"));
+    let block = goodput.slo_block_ms.map(|ms| format!("each later one came within {ms} ms"));
+    let bounds: Vec<String> = first.into_iter().chain(block).collect();
+    if bounds.is_empty() {
+        return "good: every finished request, for no bounds were given (--slo-first-block-ms, --slo-block-ms)".into();
+    }
+    format!("good: {}", bounds.join(" and "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::summary::{Recording, Slo};
+    use super::*;
+    use std::time::Duration;
+
+    fn report() -> Report {
+        let run = |load| {
+            let span = Duration::from_secs(2);
+            let recording = Recording { load, observations: Vec::new(), shed: 3, span, ended: Ended::Interrupted };
+            Summary::of(&recording, Slo { first_block: Some(Duration::from_millis(80)), block: None })
+        };
+        let open = Load::Open { rate: 2.5, arrivals: "poisson" };
+        Report {
+            format: FORMAT,
+            version: "0",
+            machine: Machine { cpu: None, cores: 2, isa: None, build: "release" },
+            cluster: "http://host".into(),
+            threads: None,
+            model: ModelFacts {
+                name: "m".into(),
+                dtype: "bf16".into(),
+                parameters: 2_600_000,
+                numerics_id: "id".into(),
+            },
+            settings: Value::Null,
+            prompts: "built-in".into(),
+            seed: 1,
+            warmup: 0,
+            concurrency_max: 4,
+            runs: vec![run(open), run(Load::Closed { streams: 8 })],
+        }
+    }
+
+    #[test]
+    fn a_column_for_each_load_point_and_what_one_must_know_to_read_it() {
+        let table = report().table();
+        let lines: Vec<String> =
+            table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        for line in ["open 2.5/s closed 8", "requests due 3 3", "first block, ms p50 - -"] {
+            assert!(lines.iter().any(|found| found == line), "{line}: {table}");
+        }
+        for note in ["closed 8: a closed loop", "open 2.5/s: interrupted", "good: its first block came within 80 ms\n"]
+        {
+            assert!(table.contains(note), "{note}: {table}");
+        }
+        assert!(!table.contains("open 2.5/s: a closed loop"));
+    }
+
+    #[test]
+    fn json_is_one_line() -> serde_json::Result<()> {
+        let text = report().json()?;
+        let value: Value = serde_json::from_str(&text)?;
+        assert_eq!(text.lines().count(), 1);
+        assert_eq!(value["runs"][0]["load"], serde_json::json!({ "loop": "open", "rate": 2.5, "arrivals": "poisson" }));
+        assert_eq!(value["runs"][1]["ended"], "interrupted");
+        Ok(())
+    }
 }
