@@ -109,7 +109,7 @@ const ROWS: [(&str, Cell); 32] = [
     ("  shed", |run| run.requests.shed.to_string()),
     ("  cut off", |run| run.requests.cut_off.to_string()),
     ("wall time, s", |run| format!("{:.2}", run.wall_s)),
-    ("offered requests/s", |run| format!("{:.2}", run.offered_per_s)),
+    ("offered requests/s", |run| run.offered_per_s.map_or_else(|| "-".into(), |rate| format!("{rate:.2}"))),
     ("achieved requests/s", |run| format!("{:.2}", run.achieved_per_s)),
     ("committed tokens", |run| run.tokens.committed.to_string()),
     ("  tokens/s", |run| format!("{:.1}", run.tokens.per_s)),

@@ -70,8 +70,8 @@ pub struct Summary {
     pub wall_s: f64,
     /// Counts.
     pub requests: Requests,
-    /// Arrivals per second of the time in which they were due.
-    pub offered_per_s: f64,
+    /// Arrivals per second of the time in which they were due; a closed loop offers what it is answered.
+    pub offered_per_s: Option<f64>,
     /// Finished requests per second.
     pub achieved_per_s: f64,
     /// Work done.
@@ -172,7 +172,8 @@ impl Summary {
             load: recording.load.clone(),
             ended: recording.ended,
             wall_s: wall,
-            offered_per_s: per(requests.due as f64, recording.span.as_secs_f64()),
+            offered_per_s: matches!(recording.load, Load::Open { .. })
+                .then(|| per(requests.due as f64, recording.span.as_secs_f64())),
             achieved_per_s: per(requests.ok as f64, wall),
             tokens: Tokens::of(seen, wall),
             first_block_ms: Latency::of(seen.iter().filter_map(|one| Some(since(one, one.first_output()?)))),
@@ -316,13 +317,13 @@ mod tests {
         assert_eq!(summary.tokens.committed, 12);
         assert_eq!((summary.tokens.passes, summary.tokens.per_pass), (6, 2.0));
         assert_eq!((summary.wall_s, summary.tokens.per_s, summary.tokens.open_rows_per_s), (2.0, 6.0, 48.0));
-        assert_eq!((summary.offered_per_s, summary.achieved_per_s), (0.5, 0.5));
+        assert_eq!((summary.offered_per_s, summary.achieved_per_s), (Some(0.5), 0.5));
     }
 
     #[test]
     fn a_late_end_lengthens_the_wall_and_not_the_offered_rate() {
         let summary = Summary::of(&recording(vec![request(1900, &[3999])], 1), Slo::default());
-        assert_eq!((summary.wall_s, summary.offered_per_s, summary.achieved_per_s), (4.0, 1.0, 0.25));
+        assert_eq!((summary.wall_s, summary.offered_per_s, summary.achieved_per_s), (4.0, Some(1.0), 0.25));
     }
 
     #[test]
