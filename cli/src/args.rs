@@ -54,6 +54,8 @@ pub enum Command {
     /// Compare with reference data in the format golden/1
     #[command(after_help = "Example:\n  unmask verify tests/golden/*/ --out actual")]
     Verify(VerifyArgs),
+    /// Measure speed
+    Bench(crate::bench::BenchArgs),
     /// Make a model
     Train(TrainArgs),
 }

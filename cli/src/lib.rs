@@ -8,10 +8,12 @@
 //! - [`local`], [`up`], [`service`]: services in this process
 //! - [`models`]: where models are found
 //! - [`inspect`], [`raw`], [`verify`]: looking at checkpoints and comparing with other implementations
+//! - [`bench`]: measuring speed
 //! - [`train`]: making models
 //! - [`output`]: results on standard output, errors on standard error
 
 pub mod args;
+pub mod bench;
 pub mod generate;
 pub mod inspect;
 pub mod local;
@@ -59,6 +61,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Logits(args) => raw::logits(&args),
         Command::Decode(args) => raw::decode(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Bench(args) => bench::run(args),
         Command::Train(args) => train::run(args),
     }
 }
