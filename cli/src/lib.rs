@@ -8,6 +8,7 @@
 //! - [`local`], [`up`], [`service`]: services in this process
 //! - [`models`]: where models are found
 //! - [`inspect`], [`raw`], [`verify`]: looking at checkpoints and comparing with other implementations
+//! - [`profile`], [`policy`]: step time, and the block size it implies
 //! - [`train`]: making models
 //! - [`output`]: results on standard output, errors on standard error
 
@@ -17,6 +18,8 @@ pub mod inspect;
 pub mod local;
 pub mod models;
 pub mod output;
+pub mod policy;
+pub mod profile;
 pub mod raw;
 pub mod request;
 pub mod screen;
@@ -59,6 +62,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Logits(args) => raw::logits(&args),
         Command::Decode(args) => raw::decode(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Profile(args) => profile::run(&args),
+        Command::Policy(args) => policy::run(&args),
         Command::Train(args) => train::run(args),
     }
 }
