@@ -17,6 +17,10 @@ pub const FORMAT: &str = "profile/1";
 const SEQUENCE_ROWS: u32 = 16;
 /// Positions of context that a measurement holds (rows); sequences share pages beyond.
 const CONTEXT_POSITIONS_MAX: u32 = 4096;
+/// Longest context that the grids ask for (positions): attention is linear beyond, and steps would take seconds.
+const CONTEXT_FULL_MAX: u32 = 4096;
+/// As above, of the short grid.
+const CONTEXT_SHORT_MAX: u32 = 1024;
 /// Pages of a sequence's own: its rows may straddle two.
 const OWN_PAGES: usize = 2;
 
@@ -150,16 +154,17 @@ pub struct Grid {
     pub contexts: Vec<u32>,
     /// Times each shape is timed, at least 1; the shapes take turns, so that a slow moment hits all of them.
     pub repeats: usize,
-    /// No further turn begins after this time.
+    /// After this time only shapes never timed are.
     pub limit: Duration,
 }
 
 impl Grid {
     /// Fine enough for a chart.
     pub fn full(context_length: u32) -> Self {
+        let longest = context_length.min(CONTEXT_FULL_MAX);
         Self {
             rows: (0..10).map(|power| 1 << power).collect(),
-            contexts: contexts(&[0, context_length / 4, context_length / 2, context_length]),
+            contexts: contexts(&[0, longest / 4, longest / 2, longest]),
             repeats: 15,
             limit: Duration::from_secs(120),
         }
@@ -169,7 +174,7 @@ impl Grid {
     pub fn short(context_length: u32) -> Self {
         Self {
             rows: vec![1, 4, 16, 64, 256],
-            contexts: contexts(&[0, context_length / 2]),
+            contexts: contexts(&[0, (context_length / 2).min(CONTEXT_SHORT_MAX)]),
             repeats: 5,
             limit: Duration::from_secs(2),
         }
@@ -202,11 +207,11 @@ pub fn measure(
     let started = clock();
     let mut bench = Bench::new(model, &passes);
     let mut taken = vec![Vec::with_capacity(grid.repeats); passes.len()];
-    for turn in 0..grid.repeats {
-        if turn > 0 && clock() - started > grid.limit {
-            break;
-        }
+    'turns: for turn in 0..grid.repeats {
         for (i, pass) in passes.iter().enumerate() {
+            if turn > 0 && clock() - started > grid.limit {
+                break 'turns;
+            }
             // The first brings weights and keys to where steps of this shape leave them.
             bench.run(pass);
             let before = clock();

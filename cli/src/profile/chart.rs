@@ -92,8 +92,8 @@ fn footnote(svg: &mut Svg, throughput: &Throughput, profile: &Profile) {
     let Throughput { context, floor, .. } = throughput;
     let lines = [
         format!(
-            "Predicted at {context} positions of context: requests x TPF / step time(requests x (block + TPF) rows); \
-             beyond {} rows the step time is extrapolated.",
+            "Predicted at {context} positions of context: requests x TPF / step time(requests x (block + TPF) rows), 1 row \
+             if autoregressive; beyond {} rows the step time is extrapolated.",
             profile.rows_max()
         ),
         format!(

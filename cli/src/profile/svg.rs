@@ -157,7 +157,8 @@ impl Plot<'_> {
         let left = self.x.to + 16.0;
         let mut y = self.y.to + 4.0;
         svg.text((left, y), Anchor::Start, 12, title);
-        for (name, colour) in entries {
+        // The last lines drawn lie highest.
+        for (name, colour) in entries.iter().rev() {
             y += LINE + 2.0;
             svg.line(&[(left, y - 4.0), (left + 20.0, y - 4.0)], colour, 2.5);
             svg.text((left + 28.0, y), Anchor::Start, 12, name);
@@ -165,9 +166,9 @@ impl Plot<'_> {
     }
 }
 
-/// A tick's number: at most three digits, thousands with a k.
+/// A tick's number, thousands with a k.
 fn label(value: f64) -> String {
-    if value >= 10_000.0 { format!("{}k", value / 1e3) } else { format!("{value}") }
+    if value >= 1_000.0 { format!("{}k", value / 1e3) } else { format!("{value}") }
 }
 
 #[cfg(test)]
@@ -179,7 +180,7 @@ mod tests {
         let axis = Axis::around([0.3, 70.0].into_iter(), 0.0, 100.0);
         assert_eq!(axis.ticks.iter().map(|&tick| label(tick)).collect::<Vec<_>>().join(" "), "0.5 1 2 5 10 20 50");
         assert!(axis.at(axis.low).abs() < 1e-9 && (axis.at(axis.high) - 100.0).abs() < 1e-9);
-        assert_eq!((label(2000.0), label(50_000.0)), ("2000".into(), "50k".into()));
+        assert_eq!((label(2000.0), label(50_000.0)), ("2k".into(), "50k".into()));
     }
 
     #[test]
