@@ -10,7 +10,9 @@ fn golden(family: &str) -> PathBuf {
 }
 
 fn unmask(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_unmask")).args(args).env("RUST_LOG", "error").output().unwrap()
+    let cache = env!("CARGO_TARGET_TMPDIR");
+    let command = &mut Command::new(env!("CARGO_BIN_EXE_unmask"));
+    command.args(args).env("RUST_LOG", "error").env("XDG_CACHE_HOME", cache).output().unwrap()
 }
 
 fn stdout(output: &Output) -> String {

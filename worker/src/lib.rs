@@ -220,6 +220,10 @@ fn load(config: &Config) -> Result<Loaded, WorkerError> {
     let limits = limits(config, &model);
     let mut engine = Engine::new(Arc::clone(&model), limits);
     canary(&mut engine).map_err(WorkerError::Canary)?;
+    // Before anything is served: requests would make the steps slow, and the steps the requests.
+    if let Some(dir) = &config.profile_dir {
+        profile::obtain(&model, dir);
+    }
     tracing::info!(
         model = model.config().name,
         parameters = model.parameters(),
@@ -227,10 +231,6 @@ fn load(config: &Config) -> Result<Loaded, WorkerError> {
         pages = limits.pages,
         "ready"
     );
-    // Before anything is served: requests would make the steps slow, and the steps the requests.
-    if let Some(dir) = &config.profile_dir {
-        profile::obtain(&model, dir);
-    }
     let (runner, engine_thread) = runner::start(engine, limits, config.stall_limit).map_err(no_thread)?;
     Ok(Loaded { model, tokenizer, runner, engine_thread })
 }

@@ -125,8 +125,9 @@ impl RawRow {
         if alone != (self.block_size == 1) || alone != self.threshold.is_none() {
             return Some("autoregressive has block_size 1 and no threshold, threshold has both".into());
         }
-        let sound = self.block_size > 0 && self.n > 0 && (0.0..=1.0).contains(&self.pass_rate);
-        if !sound || !(self.tpf > 0.0 && self.tpf <= f64::from(self.block_size)) {
+        let counts = self.block_size > 0 && self.n > 0 && (0.0..=1.0).contains(&self.pass_rate);
+        let speed = self.tpf > 0.0 && self.tpf <= f64::from(self.block_size);
+        if !(counts && speed) {
             return Some("block_size, n and tpf must be positive, pass_rate at most 1, tpf at most block_size".into());
         }
         None
