@@ -1,5 +1,7 @@
 //! What may be typed.
 
+use crate::policy::PolicyArgs;
+use crate::profile::ProfileArgs;
 use crate::request::PolicyArg;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -56,6 +58,11 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Measure speed
     Bench(crate::bench::BenchArgs),
+    /// Measure step time, and draw tokens per second against block size
+    #[command(after_help = "Example:\n  unmask profile --model models/python-tasks-3m --out target/profile")]
+    Profile(ProfileArgs),
+    /// Look at the choice of block size
+    Policy(PolicyArgs),
     /// Make a model
     Train(TrainArgs),
 }

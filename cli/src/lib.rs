@@ -9,6 +9,7 @@
 //! - [`models`]: where models are found
 //! - [`inspect`], [`raw`], [`verify`]: looking at checkpoints and comparing with other implementations
 //! - [`bench`]: measuring speed
+//! - [`profile`], [`policy`]: step time, and the block size it implies
 //! - [`train`]: making models
 //! - [`output`]: results on standard output, errors on standard error
 
@@ -19,6 +20,8 @@ pub mod inspect;
 pub mod local;
 pub mod models;
 pub mod output;
+pub mod policy;
+pub mod profile;
 pub mod raw;
 pub mod request;
 pub mod screen;
@@ -62,6 +65,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Decode(args) => raw::decode(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(args),
+        Command::Profile(args) => profile::run(&args),
+        Command::Policy(args) => policy::run(&args),
         Command::Train(args) => train::run(args),
     }
 }

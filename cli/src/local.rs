@@ -73,6 +73,19 @@ impl Cluster {
     /// # Errors
     /// The model is not found.
     pub fn start(listeners: Listeners, model: &ModelArgs, data_dir: PathBuf) -> anyhow::Result<Self> {
+        Self::start_profiled(listeners, model, data_dir, None)
+    }
+
+    /// As [`Cluster::start`], with step times measured before the worker serves, and kept in `profile_dir`.
+    ///
+    /// # Errors
+    /// The model is not found.
+    pub fn start_profiled(
+        listeners: Listeners,
+        model: &ModelArgs,
+        data_dir: PathBuf,
+        profile_dir: Option<PathBuf>,
+    ) -> anyhow::Result<Self> {
         let dir = models::find(model.model.as_deref())?;
         let Listeners { gateway, controller, worker } = listeners;
         let addresses = (gateway.local_addr()?, controller.local_addr()?, worker.local_addr()?);
@@ -86,6 +99,7 @@ impl Cluster {
         config.load.dtype = model.dtype.weights();
         config.load.threads = model.threads;
         config.worker_id = Some(WORKER_ID.into());
+        config.profile_dir = profile_dir;
         let ended = stops[1].clone().cancelled_owned();
         services.spawn(named("worker", unmask_worker::run(config, worker, ended)));
         let config = unmask_gateway::Config::new(addresses.1.to_string());

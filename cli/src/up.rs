@@ -7,6 +7,7 @@ use anyhow::Context;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
+use unmask_worker::config::default_profile_dir;
 
 /// Runs the command.
 ///
@@ -22,7 +23,7 @@ async fn up(args: UpArgs) -> anyhow::Result<ExitCode> {
     let listeners = Listeners::bind(args.host, args.port).await?;
     let data_dir = args.data_dir.map_or_else(default_data_dir, Ok)?;
     std::fs::create_dir_all(&data_dir).with_context(|| format!("--data-dir: cannot create {}", data_dir.display()))?;
-    let mut cluster = Cluster::start(listeners, &args.model, data_dir)?;
+    let mut cluster = Cluster::start_profiled(listeners, &args.model, data_dir, default_profile_dir())?;
     let told = async {
         tokio::select! {
             _ = tokio::signal::ctrl_c() => {}

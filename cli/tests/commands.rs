@@ -10,7 +10,9 @@ fn golden(family: &str) -> PathBuf {
 }
 
 fn unmask(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_unmask")).args(args).env("RUST_LOG", "error").output().unwrap()
+    let cache = env!("CARGO_TARGET_TMPDIR");
+    let command = &mut Command::new(env!("CARGO_BIN_EXE_unmask"));
+    command.args(args).env("RUST_LOG", "error").env("XDG_CACHE_HOME", cache).output().unwrap()
 }
 
 fn stdout(output: &Output) -> String {
@@ -201,6 +203,7 @@ fn up(data: &Path) -> (std::process::Child, Value) {
     let model = golden("sdar");
     let mut child = Command::new(env!("CARGO_BIN_EXE_unmask"))
         .args(["up", "--port", "0", "--json", "--model", model.to_str().unwrap(), "--data-dir", data.to_str().unwrap()])
+        .env("XDG_CACHE_HOME", data.join("cache"))
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
@@ -231,7 +234,40 @@ fn up_serves_a_client_and_ends_cleanly_on_a_signal() {
             1,
         );
         assert!(error.contains("controller"), "{error}");
+        assert_eq!(std::fs::read_dir(data.path().join("cache/unmask/profiles")).unwrap().count(), 1);
         assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
         assert_eq!(child.wait().unwrap().code(), Some(0));
     }
+}
+
+#[test]
+fn a_profile_is_measured_drawn_and_explained() {
+    let out = tempfile::tempdir().unwrap();
+    let model = golden("sdar");
+    let quality = out.path().join("quality.json");
+    let row = |policy: &str, block_size: u32, threshold: Option<f64>, tpf: f64| {
+        serde_json::json!({ "policy": policy, "block_size": block_size, "threshold": threshold, "dtype": "bf16",
+            "n": 500, "pass_rate": 0.9, "tpf": tpf })
+    };
+    let rows = [row("autoregressive", 1, None, 1.0), row("threshold", 4, Some(0.9), 2.0)];
+    let file = serde_json::json!({ "format": "unmask.quality/1", "rows": rows });
+    std::fs::write(&quality, file.to_string()).unwrap();
+    let (model, quality, dir) =
+        (model.to_str().unwrap(), quality.to_str().unwrap(), out.path().to_str().unwrap().to_owned());
+    let output = unmask(&["profile", "--short", "--model", model, "--quality", quality, "--out", &dir, "--json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let all: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(all["throughput"]["curves"].as_array().unwrap().len(), 6);
+    let chart = std::fs::read_to_string(out.path().join("profile.svg")).unwrap();
+    assert!(chart.starts_with("<svg") && chart.contains("tokens per second"));
+
+    let profile = format!("{dir}/profile.json");
+    let asked = ["policy", "explain", "--profile", &profile, "--quality", quality, "--concurrency", "4"];
+    let choice: Value = serde_json::from_str(&stdout(&unmask(&[&asked[..], &["--json"]].concat()))).unwrap();
+    assert_eq!(choice["candidates"].as_array().unwrap().len(), 2);
+    assert!(choice["chosen"]["prediction"]["tokens_per_s"].as_f64().unwrap() > 0.0);
+    let text = stdout(&unmask(&[&asked[..], &["--latency-ms", "0.000001"]].concat()));
+    assert!(text.contains("chosen: none") && text.contains("a block takes over"), "{text}");
+    let error = failure(&["policy", "explain", "--profile", quality, "--quality", quality], 1);
+    assert!(error.contains("profile"), "{error}");
 }

@@ -5,6 +5,7 @@
 //!
 //! Modules in reading order:
 //! - [`core`]: `decide(state, event, now) -> actions`, pure
+//! - [`policy`]: block size and threshold from measured step times and quality, pure
 //! - [`config`]: raw and validated settings
 //! - [`store`]: the store trait and its embedded implementation
 //! - `ledger`: what the controller keeps in the store
@@ -14,6 +15,7 @@
 pub mod config;
 pub mod core;
 mod ledger;
+pub mod policy;
 mod service;
 mod shell;
 pub mod store;

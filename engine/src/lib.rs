@@ -12,6 +12,7 @@
 //! - [`plan`]: which rows enter a step
 //! - [`step`]: the engine, and the hot loop
 //! - [`model`]: configuration, weights, forward pass
+//! - [`profile`]: step time by rows and context
 //! - [`raw`]: token-level access for comparison with other implementations
 
 pub mod block;
@@ -20,6 +21,7 @@ pub mod model;
 pub mod pages;
 pub mod plan;
 pub mod policy;
+pub mod profile;
 pub mod raw;
 pub mod request;
 pub mod sample;

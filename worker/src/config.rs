@@ -42,6 +42,8 @@ pub struct RawConfig {
     pub drain_limit_ms: Option<u64>,
     /// A reader that takes nothing for this long is given up (milliseconds).
     pub stall_limit_ms: Option<u64>,
+    /// Folder to keep measured step times in; default: unmask/profiles under the user's cache folder.
+    pub profile_dir: Option<PathBuf>,
 }
 
 /// Validated settings.
@@ -70,6 +72,8 @@ pub struct Config {
     pub drain_limit: Duration,
     /// A reader that takes nothing for this long is given up.
     pub stall_limit: Duration,
+    /// Folder to keep measured step times in; `None` measures none.
+    pub profile_dir: Option<PathBuf>,
 }
 
 /// Everything wrong with a configuration.
@@ -93,6 +97,7 @@ impl Config {
             kv_bytes: KV_BYTES,
             drain_limit: DRAIN_LIMIT,
             stall_limit: STALL_LIMIT,
+            profile_dir: None,
         }
     }
 
@@ -149,8 +154,16 @@ impl TryFrom<RawConfig> for Config {
             require(limit <= LIMIT_MAX, format!("{key}: must be at most {}", LIMIT_MAX.as_millis()));
         }
         (config.drain_limit, config.stall_limit) = (drain, stall);
+        config.profile_dir = raw.profile_dir.or_else(default_profile_dir);
         if errors.is_empty() { Ok(config) } else { Err(ConfigError(errors)) }
     }
+}
+
+/// unmask/profiles under the user's cache folder; `None` where there is no such folder.
+pub fn default_profile_dir() -> Option<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    Some(cache.or_else(home)?.join("unmask/profiles"))
 }
 
 fn is_host_port(text: &str) -> bool {

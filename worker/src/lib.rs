@@ -10,6 +10,7 @@
 //! - `delivery`: one request's way back to its reader
 //! - `mapping`: messages to engine types and back
 //! - `membership`, `join`: readiness and epoch; reports to the controller
+//! - `profile`: step times of the model on this device, kept on disk
 //! - `descriptor`: what the worker says of its model, tokenizer files
 
 pub mod config;
@@ -18,6 +19,7 @@ mod descriptor;
 mod join;
 mod mapping;
 mod membership;
+mod profile;
 mod runner;
 mod service;
 
@@ -218,6 +220,10 @@ fn load(config: &Config) -> Result<Loaded, WorkerError> {
     let limits = limits(config, &model);
     let mut engine = Engine::new(Arc::clone(&model), limits);
     canary(&mut engine).map_err(WorkerError::Canary)?;
+    // Before anything is served: requests would make the steps slow, and the steps the requests.
+    if let Some(dir) = &config.profile_dir {
+        profile::obtain(&model, dir);
+    }
     tracing::info!(
         model = model.config().name,
         parameters = model.parameters(),

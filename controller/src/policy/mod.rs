@@ -1,0 +1,167 @@
+//! Block size and threshold of a model, chosen from what was measured. Pure: the same numbers give the same choice.
+//!
+//! Large blocks commit more tokens per pass and make passes dearer; which wins depends on how many requests share a
+//! step. [`profile`] says what a step takes, [`quality`] what a way to decode commits per pass and how often its
+//! programs are right, and [`choose`] takes what commits most tokens per second among what is good and quick enough.
+
+pub mod profile;
+pub mod quality;
+#[cfg(test)]
+mod tests;
+
+pub use profile::Profile;
+pub use quality::{Quality, Row};
+
+use serde::Serialize;
+use std::cmp::Ordering;
+use thiserror::Error;
+
+/// A file is not what it should be: what it was to be, and everything that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("not a usable {}: {}", .0, .1.join("; "))]
+pub struct ReadError(pub &'static str, pub Vec<String>);
+
+/// What is asked of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Load {
+    /// Requests that share every step; at least 1.
+    pub concurrency: u32,
+    /// Positions of context of a request, on average.
+    pub context: u32,
+    /// Longest time from one committed block of a request to the next (milliseconds); the first block after the prompt
+    /// takes as long.
+    pub latency_ms: Option<f64>,
+    /// Least lower bound (95%) of the pass rate.
+    pub floor: f64,
+}
+
+/// What a way to decode would do under a load.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Prediction {
+    /// Rows of a step, on average: blocks, and stored rows of the blocks before.
+    pub rows: f64,
+    /// Time of a step (milliseconds).
+    pub step_ms: f64,
+    /// Time from one committed block of a request to the next (milliseconds).
+    pub block_ms: f64,
+    /// Tokens committed per second, all requests together.
+    pub tokens_per_s: f64,
+}
+
+/// Predicts one measured way to decode.
+pub fn predict(profile: &Profile, row: &Row, concurrency: u32, context: u32) -> Prediction {
+    let requests = f64::from(concurrency);
+    let rows = requests * row.rows_per_step();
+    let step_ms = profile.step_ms(rows, f64::from(context));
+    Prediction {
+        rows,
+        step_ms,
+        block_ms: row.passes_per_block() * step_ms,
+        tokens_per_s: requests * row.tpf / step_ms * 1e3,
+    }
+}
+
+/// Why a candidate won or lost.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum Verdict {
+    /// Nothing eligible commits more.
+    Chosen,
+    /// Measured with other weights than the profile.
+    OtherWeights,
+    /// Its pass rate may be below the floor.
+    BelowFloor {
+        /// What is asked.
+        floor: f64,
+    },
+    /// A block takes longer than the target.
+    TooSlow {
+        /// What is asked (milliseconds).
+        latency_ms: f64,
+    },
+    /// Another eligible candidate commits more, or as much with a smaller block.
+    FewerTokens {
+        /// What the chosen one commits per second.
+        chosen: f64,
+    },
+}
+
+/// A measured way to decode, and how it fared.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Candidate {
+    /// Positions decoded together; 1 is autoregressive.
+    pub block_size: u32,
+    /// Confidence threshold; `None` is autoregressive.
+    pub threshold: Option<f64>,
+    /// Tokens committed per forward pass.
+    pub tpf: f64,
+    /// Share of tasks that passed.
+    pub pass_rate: f64,
+    /// Lower end of its 95% interval.
+    pub pass_rate_low: f64,
+    /// What it would do.
+    pub prediction: Prediction,
+    /// Why it won or lost.
+    pub verdict: Verdict,
+}
+
+/// What was chosen, and what else there was.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Choice {
+    /// Index of the winner; `None` when nothing is good and quick enough.
+    pub winner: Option<usize>,
+    /// One per measured row, in its order.
+    pub candidates: Vec<Candidate>,
+}
+
+impl Choice {
+    /// The winner.
+    pub fn chosen(&self) -> Option<&Candidate> {
+        self.winner.map(|index| &self.candidates[index])
+    }
+}
+
+/// Chooses among the measured rows the one that commits most tokens per second, of those whose pass rate's lower bound
+/// reaches the floor and whose blocks come within the latency target. Ties go to the smaller block, then to the higher
+/// threshold, then to the earlier row.
+pub fn choose(profile: &Profile, quality: &Quality, load: &Load) -> Choice {
+    let mut candidates: Vec<Candidate> = quality.rows.iter().map(|row| candidate(profile, row, load)).collect();
+    let eligible = candidates.iter().enumerate().filter(|(_, candidate)| candidate.verdict == Verdict::Chosen);
+    let winner = eligible.min_by(|(_, a), (_, b)| better_first(a, b)).map(|(index, _)| index);
+    if let Some(winner) = winner {
+        let chosen = candidates[winner].prediction.tokens_per_s;
+        for (index, candidate) in candidates.iter_mut().enumerate() {
+            if index != winner && candidate.verdict == Verdict::Chosen {
+                candidate.verdict = Verdict::FewerTokens { chosen };
+            }
+        }
+    }
+    Choice { winner, candidates }
+}
+
+/// A row's candidate; [`Verdict::Chosen`] as long as it is eligible.
+fn candidate(profile: &Profile, row: &Row, load: &Load) -> Candidate {
+    let prediction = predict(profile, row, load.concurrency, load.context);
+    let pass_rate_low = row.pass_rate_low();
+    let verdict = match load.latency_ms {
+        _ if row.dtype != profile.dtype => Verdict::OtherWeights,
+        _ if pass_rate_low < load.floor => Verdict::BelowFloor { floor: load.floor },
+        Some(latency_ms) if prediction.block_ms > latency_ms => Verdict::TooSlow { latency_ms },
+        _ => Verdict::Chosen,
+    };
+    Candidate {
+        block_size: row.block_size,
+        threshold: row.threshold,
+        tpf: row.tpf,
+        pass_rate: row.pass_rate(),
+        pass_rate_low,
+        prediction,
+        verdict,
+    }
+}
+
+fn better_first(a: &Candidate, b: &Candidate) -> Ordering {
+    let rate = |candidate: &Candidate| candidate.prediction.tokens_per_s;
+    let strictness = |candidate: &Candidate| candidate.threshold.unwrap_or(f64::INFINITY);
+    rate(b).total_cmp(&rate(a)).then(a.block_size.cmp(&b.block_size)).then(strictness(b).total_cmp(&strictness(a)))
+}

@@ -1,0 +1,352 @@
+//! Step time as a function of rows and context, for one model on one device.
+//!
+//! Block size is chosen by it: a step of many rows is worth its time only while the tokens it commits grow faster.
+//! [`measure`] runs steps of drawn-up shapes, [`Profile`] is what they took, [`Profile::step_ms`] reads between them.
+
+use crate::model::{Model, Scratch};
+use crate::request::BLOCK_SIZE_MAX;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::time::Duration;
+use thiserror::Error;
+use unmask_kernels::{Bans, Draw, KvCache, KvType, PAGE_SLOTS, Record, Row, RowTable};
+
+/// Tag of the format, in every file.
+pub const FORMAT: &str = "profile/1";
+/// Rows of one sequence in a measured step (a block of the usual size); more rows are more sequences.
+const SEQUENCE_ROWS: u32 = 16;
+/// Positions of context that a measurement holds (rows); sequences share pages beyond.
+const CONTEXT_POSITIONS_MAX: u32 = 4096;
+/// Longest context that the grids ask for (positions): attention is linear beyond, and steps would take seconds.
+const CONTEXT_FULL_MAX: u32 = 4096;
+/// As above, of the short grid.
+const CONTEXT_SHORT_MAX: u32 = 1024;
+/// Pages of a sequence's own: its rows may straddle two.
+const OWN_PAGES: usize = 2;
+
+/// Why a profile cannot be used.
+#[derive(Debug, Error)]
+pub enum ProfileError {
+    /// Not the JSON of a profile.
+    #[error("not a profile: {0}")]
+    Json(#[from] serde_json::Error),
+    /// What it says cannot be; all of it.
+    #[error("not a usable profile: {}", .0.join("; "))]
+    Content(Vec<String>),
+}
+
+/// Measured step times, and of what.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    format: String,
+    /// Name of the model.
+    pub model: String,
+    /// Digest of everything that decides a result's bits.
+    pub numerics_id: String,
+    /// Name of the processor.
+    pub device: String,
+    /// Instruction set.
+    pub isa: String,
+    /// Threads of the forward pass.
+    pub threads: usize,
+    /// Type of the weights.
+    pub dtype: String,
+    /// Type of cached keys and values.
+    pub kv_type: String,
+    points: Vec<Point>,
+}
+
+/// One measured shape of step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Point {
+    /// Rows of the step, all of them scored.
+    pub rows: u32,
+    /// Positions each row attends to before its block.
+    pub context: u32,
+    /// Median time (milliseconds).
+    pub ms: f64,
+    /// Distance of the quartiles, as a share of the median.
+    pub spread: f64,
+}
+
+impl Profile {
+    /// Reads a profile's JSON.
+    ///
+    /// # Errors
+    /// [`ProfileError`]: not JSON, another format, unknown keys, or points that cannot be.
+    pub fn parse(json: &str) -> Result<Self, ProfileError> {
+        let mut profile: Profile = serde_json::from_str(json)?;
+        let mut problems = Vec::new();
+        if profile.format != FORMAT {
+            problems.push(format!("format: is {:?}, known is {FORMAT:?}", profile.format));
+        }
+        if profile.points.is_empty() {
+            problems.push("points: there are none".into());
+        }
+        for (i, point) in profile.points.iter().enumerate() {
+            if point.rows == 0 || !(point.ms > 0.0 && point.ms.is_finite()) {
+                problems.push(format!("points[{i}]: rows and ms must be positive"));
+            }
+        }
+        let shapes: BTreeSet<_> = profile.points.iter().map(|point| (point.context, point.rows)).collect();
+        if shapes.len() != profile.points.len() {
+            problems.push("points: a shape is there twice".into());
+        }
+        if !problems.is_empty() {
+            return Err(ProfileError::Content(problems));
+        }
+        profile.sort();
+        Ok(profile)
+    }
+
+    /// By context, then rows.
+    pub fn points(&self) -> &[Point] {
+        &self.points
+    }
+
+    fn sort(&mut self) {
+        self.points.sort_by_key(|point| (point.context, point.rows));
+    }
+
+    /// Time of a step (milliseconds) of `rows` rows at `context` positions of context; fractions are averages of
+    /// steps. Piecewise linear through the measured points, never falling as rows or context grow within what was
+    /// measured, linear beyond it, and never below the smallest.
+    pub fn step_ms(&self, rows: f64, context: f64) -> f64 {
+        let curves = self.points.chunk_by(|a, b| a.context == b.context);
+        let at_rows = curves.map(|curve| {
+            let by_rows = curve.iter().map(|point| (f64::from(point.rows), point.ms));
+            (f64::from(curve[0].context), interpolate(by_rows, rows))
+        });
+        interpolate(at_rows, context)
+    }
+}
+
+/// The line through `points` (ascending in x) at `x`. What noise made fall is lifted to its predecessor.
+fn interpolate(points: impl Iterator<Item = (f64, f64)>, x: f64) -> f64 {
+    let mut last = None;
+    let mut slope = 0.0;
+    for (to, y) in points {
+        let Some((from, low)) = last else {
+            if x <= to {
+                return y;
+            }
+            last = Some((to, y));
+            continue;
+        };
+        let high = y.max(low);
+        slope = (high - low) / (to - from);
+        if x <= to {
+            return low + slope * (x - from);
+        }
+        last = Some((to, high));
+    }
+    last.map_or(0.0, |(from, low)| low + slope * (x - from))
+}
+
+/// Which steps to time, and how often.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grid {
+    /// Rows, each at least 1.
+    pub rows: Vec<u32>,
+    /// Positions of context, each at most the model's context length.
+    pub contexts: Vec<u32>,
+    /// Times each shape is timed, at least 1; the shapes take turns, so that a slow moment hits all of them.
+    pub repeats: usize,
+    /// After this time only shapes never timed are.
+    pub limit: Duration,
+}
+
+impl Grid {
+    /// Fine enough for a chart.
+    pub fn full(context_length: u32) -> Self {
+        let longest = context_length.min(CONTEXT_FULL_MAX);
+        Self {
+            rows: (0..10).map(|power| 1 << power).collect(),
+            contexts: contexts(&[0, longest / 4, longest / 2, longest]),
+            repeats: 15,
+            limit: Duration::from_secs(120),
+        }
+    }
+
+    /// Enough to choose a block size: under a second for small models.
+    pub fn short(context_length: u32) -> Self {
+        Self {
+            rows: vec![1, 4, 16, 64, 256],
+            contexts: contexts(&[0, (context_length / 2).min(CONTEXT_SHORT_MAX)]),
+            repeats: 5,
+            limit: Duration::from_secs(2),
+        }
+    }
+
+    fn shapes(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.contexts.iter().flat_map(|&context| self.rows.iter().map(move |&rows| (rows, context)))
+    }
+}
+
+fn contexts(wanted: &[u32]) -> Vec<u32> {
+    BTreeSet::from_iter(wanted.iter().copied()).into_iter().collect()
+}
+
+/// Times steps of the grid's shapes. `clock` is monotonic time since any origin; `progress` hears of timed steps and
+/// how many there are at most.
+///
+/// # Panics
+/// When the grid is empty or asks for more context than the model has.
+pub fn measure(
+    model: &Model,
+    grid: &Grid,
+    clock: &mut dyn FnMut() -> Duration,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Profile {
+    let passes: Vec<Pass> = grid.shapes().map(|(rows, context)| Pass::new(rows, context)).collect();
+    assert!(!passes.is_empty() && grid.repeats > 0, "a grid must have shapes");
+    let longest = grid.contexts.iter().copied().max().unwrap_or(0);
+    assert!(longest <= model.config().context_length, "the model's context ends before {longest} positions");
+    let started = clock();
+    let mut bench = Bench::new(model, &passes);
+    let mut taken = vec![Vec::with_capacity(grid.repeats); passes.len()];
+    'turns: for turn in 0..grid.repeats {
+        for (i, pass) in passes.iter().enumerate() {
+            if turn > 0 && clock() - started > grid.limit {
+                break 'turns;
+            }
+            // The first brings weights and keys to where steps of this shape leave them.
+            bench.run(pass);
+            let before = clock();
+            bench.run(pass);
+            taken[i].push((clock() - before).as_secs_f64() * 1e3);
+            progress(turn * passes.len() + i + 1, grid.repeats * passes.len());
+        }
+    }
+    let points = passes.iter().zip(&mut taken).map(|(pass, taken)| pass.point(taken)).collect();
+    let mut profile = Profile {
+        format: FORMAT.into(),
+        model: model.config().name.clone(),
+        numerics_id: model.numerics_id().to_owned(),
+        device: device(),
+        isa: model.isa().name().to_owned(),
+        threads: model.threads(),
+        dtype: model.dtype().name().to_owned(),
+        kv_type: match bench.kv.dtype() {
+            KvType::F32 => "f32",
+            KvType::Bf16 => "bf16",
+        }
+        .to_owned(),
+        points,
+    };
+    profile.sort();
+    profile
+}
+
+/// Name of this machine's processor, or of its architecture where the system does not say.
+pub fn device() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let named = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    named.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// The rows of one shape of step: sequences of up to [`SEQUENCE_ROWS`] rows at the same context, all scored.
+struct Pass {
+    context: u32,
+    rows: Vec<Row>,
+    outputs: Vec<u32>,
+}
+
+impl Pass {
+    fn new(count: u32, context: u32) -> Self {
+        let row = |i: u32| {
+            let first = i - i % SEQUENCE_ROWS;
+            let end = context + SEQUENCE_ROWS.min(count - first);
+            Row { sequence: i / SEQUENCE_ROWS, position: context + i % SEQUENCE_ROWS, end }
+        };
+        Self { context, rows: (0..count).map(row).collect(), outputs: (0..count).collect() }
+    }
+
+    fn sequences(&self) -> usize {
+        self.rows.len().div_ceil(SEQUENCE_ROWS as usize)
+    }
+
+    /// Whole pages of context of one sequence.
+    fn context_pages(&self) -> usize {
+        self.context as usize / PAGE_SLOTS
+    }
+
+    fn point(&self, taken: &mut [f64]) -> Point {
+        taken.sort_by(f64::total_cmp);
+        let at = |share: f64| taken[((taken.len() - 1) as f64 * share).round() as usize];
+        // A clock that did not advance still took some time.
+        let ms = at(0.5).max(1e-6);
+        Point { rows: self.rows.len() as u32, context: self.context, ms, spread: (at(0.75) - at(0.25)) / ms }
+    }
+}
+
+/// What measured steps run on.
+struct Bench<'a> {
+    model: &'a Model,
+    kv: KvCache,
+    scratch: Scratch,
+    /// Pages of context; the pages of the sequences' own rows come after them.
+    pool: usize,
+    ids: Vec<u32>,
+    bans: Bans,
+    draws: Vec<Draw>,
+    records: Vec<Record>,
+}
+
+impl<'a> Bench<'a> {
+    fn new(model: &'a Model, passes: &[Pass]) -> Self {
+        const { assert!(SEQUENCE_ROWS <= BLOCK_SIZE_MAX, "positions must not pass the context by more than a block") };
+        let most = |of: fn(&Pass) -> usize| passes.iter().map(of).max().unwrap_or(0);
+        let (rows, sequences) = (most(|pass| pass.rows.len()), most(Pass::sequences));
+        let context = most(Pass::context_pages) * sequences;
+        let pool = context.min(CONTEXT_POSITIONS_MAX as usize / PAGE_SLOTS);
+        let vocab = model.config().tokenizer_size;
+        let mut bench = Self {
+            model,
+            kv: model.new_kv(pool + OWN_PAGES * sequences),
+            scratch: model.new_scratch(rows),
+            pool,
+            ids: (0..rows as u32).map(|i| i % vocab.max(1)).collect(),
+            bans: Bans { vocab: vocab as usize, ..Bans::default() },
+            draws: vec![Draw::default(); rows],
+            records: vec![Record::default(); rows],
+        };
+        bench.fill(rows);
+        bench
+    }
+
+    /// Writes every page once: memory never written may be one and the same page of zeros, faster than any real one.
+    fn fill(&mut self, rows_max: usize) {
+        let pages: Vec<u32> = (0..self.kv.pages() as u32).collect();
+        let tables: Vec<&[u32]> = pages.chunks(1).collect();
+        let slots =
+            |&page: &u32| (0..PAGE_SLOTS as u32).map(move |slot| Row { sequence: page, position: slot, end: 1 });
+        let rows: Vec<Row> = pages.iter().flat_map(slots).collect();
+        for rows in rows.chunks(rows_max) {
+            let table = RowTable { rows, tables: &tables };
+            self.model.forward(&self.ids[..rows.len()], &table, &[], &mut self.kv, &mut self.scratch);
+        }
+    }
+
+    /// Pages of one sequence: context from the pool, which wraps around, then its own.
+    fn table(&self, sequence: usize, context_pages: usize) -> Vec<u32> {
+        let context = (0..context_pages).map(|page| (sequence * context_pages + page) % self.pool);
+        let own = self.pool + OWN_PAGES * sequence;
+        context.chain(own..own + OWN_PAGES).map(|page| page as u32).collect()
+    }
+
+    fn run(&mut self, pass: &Pass) {
+        let tables: Vec<Vec<u32>> =
+            (0..pass.sequences()).map(|sequence| self.table(sequence, pass.context_pages())).collect();
+        let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
+        let table = RowTable { rows: &pass.rows, tables: &tables };
+        let count = pass.rows.len();
+        self.model.forward(&self.ids[..count], &table, &pass.outputs, &mut self.kv, &mut self.scratch);
+        self.model.reduce(&self.scratch, &self.bans, &self.draws[..count], &mut self.records[..count]);
+    }
+}
+
+#[cfg(test)]
+mod tests;
