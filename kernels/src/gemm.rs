@@ -12,6 +12,8 @@ mod tile;
 use crate::Cpu;
 use crate::pack::{BLOCK_GROUPS, PANEL, PIECES, Packed};
 use crate::rows::RowsMut;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use amx::{TILE_OPERATIONS, multiply_tiles};
 use epilogue::finish;
 pub(crate) use input::{Input, ROWS};
 use tile::{Part, Tile, merge, product};

@@ -10,6 +10,7 @@
 //! - [`dense`]: products of two plain matrices, for the trainer
 //! - [`kv`], [`rope`], [`attention`]: key/value pages and what reads them
 //! - [`norm`], [`embed`], [`vocab`]: the rest of a step
+//! - [`roof`]: the most that a machine can do
 //! - [`file`]: mapped checkpoints
 
 #![allow(unsafe_code)]
@@ -29,6 +30,7 @@ pub mod norm;
 pub mod pack;
 pub mod pool;
 pub mod reference;
+pub mod roof;
 pub mod rope;
 mod rows;
 pub mod vocab;

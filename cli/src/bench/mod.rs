@@ -1,10 +1,16 @@
 //! `unmask bench`: measurements.
 //!
+//! - [`roof`]: what the machine can do at most
+//! - [`step`], [`shapes`]: one forward pass against that, operation by operation
 //! - [`serve`]: the whole path under load
-//! - [`machine`]: what a measurement ran on
+//! - [`machine`], [`memory`]: what a measurement ran on, and what it held
 
 pub mod machine;
+pub mod memory;
+pub mod roof;
 pub mod serve;
+pub mod shapes;
+pub mod step;
 
 use clap::{Args, Subcommand};
 use std::process::ExitCode;
@@ -20,6 +26,12 @@ pub struct BenchArgs {
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
+    /// Measure what this machine can do at most: read bandwidth and arithmetic
+    #[command(after_help = roof::EXAMPLES)]
+    Roof(roof::RoofArgs),
+    /// Measure forward passes against the machine's roof
+    #[command(after_help = step::EXAMPLES)]
+    Step(step::StepArgs),
     /// Serving: latency, throughput and goodput from client to worker
     #[command(after_help = serve::args::EXAMPLES)]
     Serve(serve::args::ServeArgs),
@@ -31,6 +43,8 @@ pub enum BenchCommand {
 /// Those of the measurement.
 pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     match args.what {
+        BenchCommand::Roof(args) => roof::run(&args),
+        BenchCommand::Step(args) => step::run(&args),
         BenchCommand::Serve(args) => serve::run(args),
     }
 }

@@ -88,6 +88,13 @@ pub struct Scratch {
     outputs: usize,
 }
 
+impl Scratch {
+    /// Most rows of a pass.
+    pub fn rows_max(&self) -> usize {
+        self.rows_max
+    }
+}
+
 impl Model {
     /// Loads the checkpoint in `dir`.
     ///

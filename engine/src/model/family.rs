@@ -36,6 +36,20 @@ const AUTOREGRESSIVE: Family = Family {
     excludes_mask: false,
 };
 
+/// Our own models.
+const OWN: Family = Family {
+    name: "unmask",
+    architecture: "UnmaskForBlockDiffusion",
+    model_type: "unmask",
+    open_reach: Reach::Block,
+    kept_reach: Reach::Causal,
+    qk_norm: true,
+    block_size: 16,
+    mask_token: Some("<|mask|>"),
+    excludes_mask: true,
+    ..AUTOREGRESSIVE
+};
+
 /// Every family this program loads. Sources: the authors' configurations and modelling code.
 const FAMILIES: [Family; 6] = [
     Family { name: "llama", architecture: "LlamaForCausalLM", model_type: "llama", ..AUTOREGRESSIVE },
@@ -64,21 +78,15 @@ const FAMILIES: [Family; 6] = [
         ends: Ends { whole_last_block: true, at_first_stop: false },
         ..AUTOREGRESSIVE
     },
-    Family {
-        name: "unmask",
-        architecture: "UnmaskForBlockDiffusion",
-        model_type: "unmask",
-        open_reach: Reach::Block,
-        kept_reach: Reach::Causal,
-        qk_norm: true,
-        block_size: 16,
-        mask_token: Some("<|mask|>"),
-        excludes_mask: true,
-        ..AUTOREGRESSIVE
-    },
+    OWN,
 ];
 
 impl Family {
+    /// The family of our own models.
+    pub fn own() -> Family {
+        OWN
+    }
+
     /// The family of a config: by architecture, then by model type.
     pub fn find(architecture: Option<&str>, model_type: Option<&str>) -> Option<Family> {
         let by_architecture = FAMILIES.iter().find(|family| Some(family.architecture) == architecture);

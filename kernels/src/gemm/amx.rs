@@ -2,6 +2,8 @@
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) use tiles::{Configured, product};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use tiles::{TILE_OPERATIONS, multiply_tiles};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod tiles {
@@ -92,6 +94,40 @@ mod tiles {
             match dtype {
                 WeightType::Int8 => blocks!("tdpbssd", x, weights, blocks, out),
                 _ => blocks!("tdpbf16ps", x, weights, blocks, out),
+            }
+        }
+    }
+
+    /// Operations of one turn of [`multiply_tiles`] on bf16; twice as many on int8.
+    pub(crate) const TILE_OPERATIONS: u64 = 2 * (2 * 16 * 16 * 32);
+
+    /// Multiplies tiles without reading memory, `turns` times.
+    pub(crate) fn multiply_tiles(dtype: WeightType, turns: usize) {
+        let _registers = Configured::new(Isa::Amx);
+        macro_rules! turns {
+            ($dot:literal) => {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "tilezero tmm4",
+                    "2:",
+                    concat!($dot, " tmm0, tmm2, tmm3"),
+                    concat!($dot, " tmm1, tmm2, tmm4"),
+                    "dec {turns}",
+                    "jnz 2b",
+                    turns = inout(reg) turns => _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _,
+                    options(nostack, nomem)
+                )
+            };
+        }
+        // SAFETY: chosen only where tiles are available; the registers are configured; `turns` is positive.
+        unsafe {
+            match dtype {
+                WeightType::Int8 => turns!("tdpbssd"),
+                _ => turns!("tdpbf16ps"),
             }
         }
     }

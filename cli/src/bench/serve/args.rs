@@ -153,7 +153,7 @@ mod tests {
     fn parse(flags: &str) -> Result<ServeArgs, clap::Error> {
         let words = ["unmask", "bench", "serve"].into_iter().chain(flags.split_whitespace());
         let Command::Bench(args) = Cli::try_parse_from(words)?.command else { panic!("no bench") };
-        let BenchCommand::Serve(args) = args.what;
+        let BenchCommand::Serve(args) = args.what else { panic!("not bench serve") };
         Ok(args)
     }
 
