@@ -32,6 +32,11 @@ pub struct Request {
     pub drafts: bool,
     /// Larger is sooner.
     pub priority: i32,
+    /// Among equal priorities the earlier is sooner, `None` last (milliseconds on the caller's clock; the engine
+    /// only compares).
+    pub deadline: Option<u64>,
+    /// Requests share keys and values of equal prefixes only with requests of the same salt.
+    pub salt: u64,
     /// Raw access for comparisons: any block size, and [`Event::Trace`] for every block.
     pub raw: bool,
 }

@@ -252,6 +252,8 @@ fn canary(engine: &mut Engine) -> Result<(), String> {
         passes_used: 0,
         drafts: false,
         priority: 0,
+        deadline: None,
+        salt: 0,
         raw: false,
     };
     engine.submit(request).map_err(|refusal| refusal.to_string())?;
@@ -271,7 +273,7 @@ fn limits(config: &Config, model: &Model) -> Limits {
     let afforded = usize::try_from(config.kv_bytes / page_bytes).unwrap_or(usize::MAX);
     let per_request = Pages::needed(model.config().context_length.saturating_add(BLOCK_SIZE_MAX));
     let pages = afforded.min(per_request.saturating_mul(config.active_max)).max(1);
-    Limits { rows_max: config.rows_max, active_max: config.active_max, queue_max: config.queue_max, pages }
+    Limits { rows_max: config.rows_max, active_max: config.active_max, queue_max: config.queue_max, pages, cached_pages: pages }
 }
 
 /// Waits for the threads to end: they have been told to.

@@ -2,8 +2,9 @@
 //!
 //! [`Engine::step`] is the hot loop: admit, plan, forward, decode. Requests enter only between steps.
 
-mod active;
 mod admission;
+mod holding;
+mod life;
 
 use crate::model::{Model, ModelConfig, Scratch};
 use crate::pages::Pages;
@@ -11,8 +12,7 @@ use crate::plan::{Grant, share};
 use crate::policy::{Candidate, Change};
 use crate::request::{BLOCK_SIZE_MAX, Event, Refusal, Request, RequestId};
 use crate::sample;
-use active::Active;
-use std::collections::VecDeque;
+use life::Life;
 use std::ops::Range;
 use std::sync::Arc;
 use unmask_kernels::{Bans, Draw, KvCache, Record, Row, RowTable};
@@ -28,11 +28,13 @@ pub struct Limits {
     pub queue_max: usize,
     /// Key/value pages of [`unmask_kernels::PAGE_SLOTS`] positions.
     pub pages: usize,
+    /// Of them, most that nobody holds but that keep a prefix to be found again; 0 turns the prefix cache off.
+    pub cached_pages: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { rows_max: 8 * BLOCK_SIZE_MAX, active_max: 64, queue_max: 512, pages: 4096 }
+        Self { rows_max: 8 * BLOCK_SIZE_MAX, active_max: 64, queue_max: 512, pages: 4096, cached_pages: 4096 }
     }
 }
 
@@ -47,6 +49,8 @@ pub struct Load {
     pub queued: usize,
     /// Key/value pages nobody holds.
     pub free_pages: usize,
+    /// Of them, pages that keep a prefix until they are needed.
+    pub cached_pages: usize,
     /// All key/value pages.
     pub total_pages: usize,
 }
@@ -71,8 +75,8 @@ pub struct Engine {
     bans: Bans,
     kv: KvCache,
     pages: Pages,
-    queue: VecDeque<Request>,
-    active: Vec<Active>,
+    queue: Vec<Life>,
+    active: Vec<Life>,
     /// Number of the next step.
     step: u64,
     /// Arrivals so far.
@@ -121,8 +125,8 @@ impl Engine {
         let bans = bans(model.config());
         let kv = model.new_kv(limits.pages);
         let scratch = model.new_scratch(limits.rows_max as usize);
-        let pages = Pages::new(limits.pages);
-        let (queue, active, batch) = (VecDeque::new(), Vec::new(), Batch::default());
+        let pages = Pages::new(limits.pages, limits.cached_pages);
+        let (queue, active, batch) = (Vec::new(), Vec::new(), Batch::default());
         Self { model, limits, bans, kv, pages, queue, active, step: 1, arrivals: 0, scratch, batch }
     }
 
@@ -136,20 +140,25 @@ impl Engine {
     /// # Errors
     /// [`Refusal`] when the queue is full, the request can never fit, or settings cannot be honoured.
     pub fn submit(&mut self, request: Request) -> Result<(), Refusal> {
-        if self.queue.iter().any(|q| q.id == request.id) || self.active.iter().any(|a| a.request.id == request.id) {
+        if self.lives().any(|life| life.request.id == request.id) {
             return Err(Refusal::Duplicate(request.id));
         }
         admission::check(&request, self.model.config(), &self.limits)?;
         if self.queue.len() >= self.limits.queue_max {
             return Err(Refusal::QueueFull { queued: self.queue.len(), limit: self.limits.queue_max });
         }
-        self.queue.push_back(request);
+        self.queue.push(Life::new(request, self.arrivals, &self.model));
+        self.arrivals += 1;
         Ok(())
+    }
+
+    fn lives(&self) -> impl Iterator<Item = &Life> {
+        self.active.iter().chain(&self.queue)
     }
 
     /// Drops a request and frees what it holds. Unknown ids are ignored: it may have just ended.
     pub fn cancel(&mut self, id: RequestId) {
-        self.queue.retain(|request| request.id != id);
+        self.queue.retain(|life| life.request.id != id);
         if let Some(index) = self.active.iter().position(|a| a.request.id == id) {
             self.release(index);
         }
@@ -169,13 +178,12 @@ impl Engine {
 
     /// How much work the engine holds.
     pub fn load(&self) -> Load {
-        let queued: u64 = self.queue.iter().map(|q| q.prompt.len() as u64 + u64::from(q.settings.max_tokens)).sum();
-        let active: u64 = self.active.iter().map(Active::outstanding).sum();
         Load {
-            outstanding_rows: queued + active,
+            outstanding_rows: self.lives().map(Life::outstanding).sum(),
             active: self.active.len(),
             queued: self.queue.len(),
             free_pages: self.pages.free(),
+            cached_pages: self.pages.idle(),
             total_pages: self.pages.total(),
         }
     }
@@ -196,13 +204,12 @@ impl Engine {
     /// Moves requests from the queue to the active ones while pages and places last, in order of priority.
     fn admit(&mut self) {
         while self.active.len() < self.limits.active_max {
-            let best = (0..self.queue.len()).max_by_key(|&i| (self.queue[i].priority, std::cmp::Reverse(i)));
+            let best = (0..self.queue.len()).max_by_key(|&i| (self.queue[i].request.priority, std::cmp::Reverse(i)));
             let Some(best) = best else { return };
-            let needed = admission::pages_needed(&self.queue[best], self.model.config());
-            let Some(pages) = self.pages.take(needed) else { return };
-            let Some(request) = self.queue.remove(best) else { return };
-            self.active.push(Active::new(request, pages, self.arrivals, self.model.config()));
-            self.arrivals += 1;
+            if !self.queue[best].attach(&mut self.pages) {
+                return;
+            }
+            self.active.push(self.queue.remove(best));
         }
     }
 
@@ -266,6 +273,7 @@ impl Engine {
             if let Some(reason) = active.advance(job.grant, &batch.candidates, &mut batch.changes, events) {
                 ended.push((job.active, reason));
             }
+            active.publish(&mut self.pages);
         }
         self.batch = batch;
         ended.sort_by_key(|&(index, _)| std::cmp::Reverse(index));
@@ -276,8 +284,7 @@ impl Engine {
     }
 
     fn release(&mut self, index: usize) {
-        let active = self.active.remove(index);
-        self.pages.give(active.pages);
+        self.active.remove(index).detach(&mut self.pages);
     }
 }
 
@@ -292,3 +299,6 @@ fn bans(config: &ModelConfig) -> Bans {
     let softmax = if config.family.excludes_mask() { config.mask_id.into_iter().collect() } else { Vec::new() };
     Bans { vocab: config.tokenizer_size as usize, argmax, softmax }
 }
+
+#[cfg(test)]
+mod tests;

@@ -52,6 +52,8 @@ impl Running {
             passes_used: 0,
             drafts: false,
             priority: 0,
+            deadline: None,
+            salt: 0,
             raw: false,
         };
         let mut terms = Terms {
@@ -262,6 +264,8 @@ async fn stopping_ends_every_request_with_unavailable() {
         passes_used: 0,
         drafts: false,
         priority: 0,
+        deadline: None,
+        salt: 0,
         raw: false,
     };
     assert_eq!(handle.submit(request, terms).await.err().unwrap().code(), Code::Unavailable);

@@ -1,0 +1,185 @@
+//! What must hold of pages and order (I1, I7), on small checkpoints and with the engine's books in view.
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::model::LoadOptions;
+use crate::policy::{Bound, Comparison, Order, Policy, Quota};
+use crate::request::{Reason, Sampling, Settings};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::OnceLock;
+use unmask_kernels::PAGE_SLOTS;
+
+const STEPS_MAX: usize = 20_000;
+const THRESHOLD: Policy = Policy::Threshold { tau: 0.6, comparison: Comparison::Strict, quota_steps: None };
+
+fn load(path: &str) -> Arc<Model> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path);
+    Arc::new(Model::load(&dir, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap())
+}
+
+/// Kept rows reach to the end of their block.
+fn block_causal() -> &'static Arc<Model> {
+    static MODEL: OnceLock<Arc<Model>> = OnceLock::new();
+    MODEL.get_or_init(|| load("tests/golden/sdar"))
+}
+
+/// Kept rows are causal.
+fn causal() -> &'static Arc<Model> {
+    static MODEL: OnceLock<Arc<Model>> = OnceLock::new();
+    MODEL.get_or_init(|| load("models/python-tasks-3m"))
+}
+
+fn policies() -> [Policy; 6] {
+    [
+        THRESHOLD,
+        Policy::Fixed { steps: 2, order: Order::Margin, quota: Quota::Masks },
+        Policy::Fixed { steps: 4, order: Order::Random, quota: Quota::Masks },
+        Policy::Factor { factor: 1.0 },
+        Policy::EntropyBounded { gamma: 1.0, bound: Bound::AllButLargest },
+        Policy::JointEdit { tau: 0.5, tau_edit: 0.6, max_post_steps: 2 },
+    ]
+}
+
+/// `shared` prompt tokens that every request has, then `own` of its own. Raw: only the length ends it.
+fn request(id: u64, shared: u32, own: u32, policy: Policy, block_size: u32) -> Request {
+    Request {
+        id: RequestId(id),
+        prompt: (0..shared).map(|i| i * 37 % 290).chain((0..own).map(|i| (i * 31 + id as u32 * 11) % 290)).collect(),
+        settings: Settings {
+            max_tokens: 40,
+            block_size,
+            policy,
+            sampling: Sampling { temperature: 0.8, top_p: 1.0, top_k: 0, seed: 7 + id },
+            stop_ids: Vec::new(),
+            nfe_cap: 0,
+            ends: None,
+        },
+        committed: Vec::new(),
+        passes_used: 0,
+        drafts: false,
+        priority: 0,
+        deadline: None,
+        salt: 0,
+        raw: true,
+    }
+}
+
+#[derive(Debug, Default, Clone, PartialEq)]
+struct Answer {
+    tokens: Vec<u32>,
+    /// Reason and passes.
+    end: Option<(Reason, u32)>,
+}
+
+type Answers = BTreeMap<u64, Answer>;
+
+/// I7: the books balance, and a page that somebody may still write to has one holder.
+fn audit(engine: &Engine) {
+    engine.pages.audit(engine.lives().flat_map(|life| &life.pages)).unwrap();
+    assert!(engine.queue.iter().all(|life| life.pages.is_empty()));
+    for life in &engine.active {
+        assert!(life.published * PAGE_SLOTS <= life.kept() as usize);
+        for page in &life.pages[life.published..] {
+            let holders = engine.active.iter().flat_map(|other| &other.pages).filter(|p| *p == page).count();
+            assert_eq!(holders, 1, "page {page} of {:?} is open and shared", life.request.id);
+        }
+    }
+}
+
+fn step(engine: &mut Engine, answers: &mut Answers) -> StepReport {
+    let mut events = Vec::new();
+    let report = engine.step(&mut events);
+    audit(engine);
+    for event in events {
+        let answer = answers.entry(event.id().0).or_default();
+        assert_eq!(answer.end, None, "nothing follows the end");
+        match event {
+            Event::Commit { tokens, .. } => answer.tokens.extend(tokens),
+            Event::Finished { reason, nfe, completion_tokens, .. } => {
+                assert_eq!(completion_tokens as usize, answer.tokens.len());
+                answer.end = Some((reason, nfe));
+            }
+            _ => {}
+        }
+    }
+    report
+}
+
+/// Steps to the end; every step must carry something.
+fn finish(engine: &mut Engine, answers: &mut Answers) {
+    for _ in 0..STEPS_MAX {
+        if !engine.has_work() {
+            return;
+        }
+        assert!(step(engine, answers).rows > 0, "work, but nothing runs: {:?}", engine.load());
+    }
+    panic!("no end after {STEPS_MAX} steps");
+}
+
+fn engine(model: &Arc<Model>, pages: usize, cached_pages: usize) -> Engine {
+    Engine::new(Arc::clone(model), Limits { pages, cached_pages, ..Limits::default() })
+}
+
+fn alone(model: &Arc<Model>, request: Request) -> Answer {
+    let (mut engine, mut answers, id) = (engine(model, 64, 0), Answers::new(), request.id.0);
+    engine.submit(request).unwrap();
+    finish(&mut engine, &mut answers);
+    answers.remove(&id).unwrap()
+}
+
+/// I1: tokens are the same whether a prompt's keys and values are computed or found.
+#[test]
+fn tokens_do_not_depend_on_the_prefix_cache() {
+    let mut cases: Vec<(&Arc<Model>, u32, Policy)> = Vec::new();
+    cases.extend(policies().map(|policy| (block_causal(), 4, policy)));
+    cases.extend([3, 5, 32, 64].map(|block| (block_causal(), block, THRESHOLD)));
+    cases.extend(policies()[..2].iter().map(|&policy| (causal(), 16, policy)));
+    cases.extend([(causal(), 8, THRESHOLD), (causal(), 1, Policy::Autoregressive)]);
+    for (model, block_size, policy) in cases {
+        let mut engine = engine(model, 64, 64);
+        let mut answers = Answers::new();
+        for (id, own) in [(1, 3), (2, 3), (3, 0), (4, 40)] {
+            let request = request(id, 192, own, policy, block_size);
+            engine.submit(request.clone()).unwrap();
+            let first = step(&mut engine, &mut answers);
+            finish(&mut engine, &mut answers);
+            assert_eq!(answers[&id], alone(model, request), "{policy:?} block {block_size} request {id}");
+            // The shared tokens fill six pages. Some is run again: back to where a block and a page end together
+            // (160 for blocks of 5), and the row that scores the first autoregressive token.
+            let most = if id == 1 { 195 } else { own + 32 };
+            assert!(first.kept_rows <= most, "{policy:?} block {block_size} request {id}: {first:?}");
+        }
+    }
+}
+
+/// Where kept rows are causal, the cache serves every block size and the autoregressive policy alike; elsewhere
+/// another block size finds nothing. Another salt never does.
+#[test]
+fn a_prefix_is_found_only_where_it_means_the_same() {
+    for (model, other_block) in [(block_causal(), 128), (causal(), 0)] {
+        let mut engine = engine(model, 64, 64);
+        let mut first_kept = |id, block, salt| {
+            let request = Request { salt, ..request(id, 128, 0, THRESHOLD, block) };
+            engine.submit(request).unwrap();
+            let report = step(&mut engine, &mut Answers::new());
+            engine.cancel(RequestId(id));
+            audit(&engine);
+            report.kept_rows
+        };
+        assert_eq!(first_kept(1, 4, 0), 128);
+        assert_eq!(first_kept(2, 4, 0), 0);
+        assert_eq!(first_kept(3, 4, 5), 128);
+        assert_eq!(first_kept(4, 8, 0), other_block);
+    }
+}
+
+#[test]
+fn the_cache_holds_its_limit() {
+    let mut engine = engine(block_causal(), 64, 3);
+    for id in 0..6 {
+        engine.submit(request(id, 0, 100, THRESHOLD, 4)).unwrap();
+        finish(&mut engine, &mut Answers::new());
+        assert_eq!((engine.load().cached_pages, engine.load().free_pages), (3, 64));
+    }
+}
