@@ -5,24 +5,50 @@ use crate::pages::Pages;
 use unmask_kernels::PAGE_SLOTS;
 
 impl Life {
-    /// Takes pages and begins; false, holding none, when there are too few.
-    pub(super) fn attach(&mut self, pages: &mut Pages) -> bool {
+    /// Takes the pages of the prompt, what is committed and the first block, and begins. Holds none when that would
+    /// leave fewer than `spare` free.
+    ///
+    /// # Errors
+    /// The pages it lacks beyond what it found.
+    pub(super) fn attach(&mut self, pages: &mut Pages, spare: usize) -> Result<(), usize> {
         self.find_prefix(pages);
-        let missing = Pages::needed(self.canvas_end) - self.pages.len();
-        if pages.free() < missing {
+        let missing = Pages::needed(self.rows_end()) - self.pages.len();
+        if pages.free() < missing + spare {
             pages.release_all(&mut self.pages);
-            return false;
+            return Err(missing);
         }
         self.published = self.pages.len();
         let next = (self.published * PAGE_SLOTS) as u32;
-        self.pages.extend((0..missing).map_while(|_| pages.take()));
         let nothing_left = !self.autoregressive() && next == self.block_start();
         self.state = if nothing_left {
             State::Denoise { block: self.open_block(), store: None }
         } else {
             State::Prefill { next }
         };
+        self.grow(pages);
+        Ok(())
+    }
+
+    /// Takes the pages its next rows fall into; false when there are too few.
+    pub(super) fn grow(&mut self, pages: &mut Pages) -> bool {
+        while !self.has_pages() {
+            match pages.take() {
+                Some(page) => self.pages.push(page),
+                None => return false,
+            }
+        }
         true
+    }
+
+    /// Whether its next rows have their pages.
+    pub(super) fn has_pages(&self) -> bool {
+        self.pages.len() >= Pages::needed(self.rows_end())
+    }
+
+    /// One past the last position that the next passes write, up to the end of the open block.
+    fn rows_end(&self) -> u32 {
+        let len = self.tokens.len() as u32;
+        if self.autoregressive() { len } else { (self.block_start() + self.block_size).min(self.canvas_end) }
     }
 
     /// Holds the pages of the longest prefix that somebody has computed. What the first block opens with, or the row
@@ -52,6 +78,11 @@ impl Life {
 
     /// Gives its pages back, and what is provisional with them: it waits at its last committed block.
     pub(super) fn detach(&mut self, pages: &mut Pages) {
+        if let State::Denoise { block, .. } = &self.state {
+            // These passes will be had again: neither the cap nor the report may tell the difference.
+            self.nfe -= block.step;
+            self.passes -= block.step;
+        }
         pages.release_all(&mut self.pages);
         self.published = 0;
         self.state = State::Queued;

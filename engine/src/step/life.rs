@@ -8,6 +8,7 @@ use crate::plan::{Grant, Need};
 use crate::policy::{Candidate, Change, Policy, decide};
 use crate::prefix::Chain;
 use crate::request::{BlockTrace, Ends, Event, Fill, Reason, Request};
+use std::cmp::Reverse;
 use unmask_kernels::{Draw, Row};
 
 /// Where a request stands. Kept rows `[kept, ..)` are those whose final keys and values are still to come.
@@ -25,6 +26,9 @@ pub(super) enum State {
     Finished { kept: u32 },
 }
 
+/// Place in the order: priority, deadline, age. Less is sooner; no two are equal.
+pub(super) type Rank = (Reverse<i32>, u64, u64);
+
 /// A request from submission to end.
 #[derive(Debug)]
 pub(super) struct Life {
@@ -32,7 +36,7 @@ pub(super) struct Life {
     /// Pages of positions from 0 on; empty while queued.
     pub(super) pages: Vec<u32>,
     pub(super) paused: bool,
-    /// Number of the step that last carried its rows.
+    /// Number of the step that last carried its rows, or in which it could not run.
     pub(super) last_step: u64,
     pub(super) state: State,
     arrival: u64,
@@ -45,15 +49,15 @@ pub(super) struct Life {
     kept_reach: Reach,
     open_reach: Reach,
     ends: Ends,
-    block_size: u32,
+    pub(super) block_size: u32,
     pub(super) canvas_end: u32,
     /// End-of-sequence ids of the model; none for raw requests, whose stop ids say it all.
     eos_ids: Vec<u32>,
     mask_id: u32,
     /// Passes that decided tokens.
-    nfe: u32,
+    pub(super) nfe: u32,
     /// Denoise or decode passes of this run, the index that traces give.
-    passes: u32,
+    pub(super) passes: u32,
 }
 
 impl Life {
@@ -96,6 +100,16 @@ impl Life {
         }
     }
 
+    /// Its place in the order.
+    pub(super) fn rank(&self) -> Rank {
+        (Reverse(self.request.priority), self.request.deadline.unwrap_or(u64::MAX), self.arrival)
+    }
+
+    /// Whether the next step may carry rows of it.
+    pub(super) fn can_run(&self) -> bool {
+        !self.paused && self.has_pages()
+    }
+
     pub(super) fn autoregressive(&self) -> bool {
         self.request.settings.policy == Policy::Autoregressive
     }
@@ -128,12 +142,13 @@ impl Life {
     }
 
     /// What the next step could do for this request.
-    pub(super) fn need(&self) -> Need {
+    pub(super) fn need(&self, step: u64) -> Need {
         let granule = if self.kept_reach == Reach::Causal { 1 } else { self.block_size };
         let base = Need {
             priority: self.request.priority,
-            last_step: self.last_step,
+            deadline: self.request.deadline.unwrap_or(u64::MAX),
             arrival: self.arrival,
+            waited: step.saturating_sub(self.last_step + 1),
             kept: 0,
             granule,
             open: 0,

@@ -1,14 +1,15 @@
 //! The engine: requests in, one forward pass at a time, events out.
 //!
-//! [`Engine::step`] is the hot loop: admit, plan, forward, decode. Requests enter only between steps.
+//! [`Engine::step`] is the hot loop: admit, grow, plan, forward, decode. Requests enter only between steps.
 
 mod admission;
 mod holding;
 mod life;
+mod schedule;
 
 use crate::model::{Model, ModelConfig, Scratch};
 use crate::pages::Pages;
-use crate::plan::{Grant, share};
+use crate::plan::{Grant, Plan};
 use crate::policy::{Candidate, Change};
 use crate::request::{BLOCK_SIZE_MAX, Event, Refusal, Request, RequestId};
 use crate::sample;
@@ -24,7 +25,7 @@ pub struct Limits {
     pub rows_max: u32,
     /// Most requests that hold key/value pages.
     pub active_max: usize,
-    /// Most requests that wait for them.
+    /// Most requests that wait for them; those that gave theirs up come on top.
     pub queue_max: usize,
     /// Key/value pages of [`unmask_kernels::PAGE_SLOTS`] positions.
     pub pages: usize,
@@ -53,6 +54,8 @@ pub struct Load {
     pub cached_pages: usize,
     /// All key/value pages.
     pub total_pages: usize,
+    /// Requests that had to give up their pages, since the engine was made.
+    pub preemptions: u64,
 }
 
 /// What a step carried.
@@ -75,13 +78,18 @@ pub struct Engine {
     bans: Bans,
     kv: KvCache,
     pages: Pages,
+    /// Requests that wait, those sent back among them: at most `queue_max + active_max`.
     queue: Vec<Life>,
+    /// In order of rank.
     active: Vec<Life>,
     /// Number of the next step.
     step: u64,
     /// Arrivals so far.
     arrivals: u64,
+    /// Requests sent back to the queue so far.
+    preemptions: u64,
     scratch: Scratch,
+    plan: Plan,
     batch: Batch,
 }
 
@@ -93,6 +101,8 @@ struct Batch {
     outputs: Vec<u32>,
     draws: Vec<Draw>,
     records: Vec<Record>,
+    /// Active requests that may have rows, one per need of the plan.
+    runnable: Vec<usize>,
     jobs: Vec<Job>,
     candidates: Vec<Candidate>,
     changes: Vec<Change>,
@@ -115,6 +125,7 @@ impl Batch {
         self.rows.clear();
         self.outputs.clear();
         self.draws.clear();
+        self.runnable.clear();
         self.jobs.clear();
     }
 }
@@ -126,8 +137,21 @@ impl Engine {
         let kv = model.new_kv(limits.pages);
         let scratch = model.new_scratch(limits.rows_max as usize);
         let pages = Pages::new(limits.pages, limits.cached_pages);
-        let (queue, active, batch) = (Vec::new(), Vec::new(), Batch::default());
-        Self { model, limits, bans, kv, pages, queue, active, step: 1, arrivals: 0, scratch, batch }
+        Self {
+            model,
+            limits,
+            bans,
+            kv,
+            pages,
+            queue: Vec::new(),
+            active: Vec::new(),
+            step: 1,
+            arrivals: 0,
+            preemptions: 0,
+            scratch,
+            plan: Plan::default(),
+            batch: Batch::default(),
+        }
     }
 
     /// The model.
@@ -166,14 +190,22 @@ impl Engine {
 
     /// A paused request gets no rows until it is resumed (its reader is slow).
     pub fn pause(&mut self, id: RequestId, paused: bool) {
-        if let Some(active) = self.active.iter_mut().find(|a| a.request.id == id) {
-            active.paused = paused;
+        if let Some(life) = self.active.iter_mut().chain(&mut self.queue).find(|life| life.request.id == id) {
+            life.paused = paused;
+        }
+    }
+
+    /// Takes a request's pages and place from it; it goes on from its last committed block, to the same tokens. One
+    /// that is not paused waits its turn in the queue, a paused one until it is resumed.
+    pub fn preempt(&mut self, id: RequestId) {
+        if let Some(index) = self.active.iter().position(|life| life.request.id == id) {
+            self.send_back(index);
         }
     }
 
     /// Whether a step would carry rows.
     pub fn has_work(&self) -> bool {
-        self.active.iter().any(|a| !a.paused) || (!self.queue.is_empty() && self.active.len() < self.limits.active_max)
+        self.lives().any(|life| !life.paused)
     }
 
     /// How much work the engine holds.
@@ -185,12 +217,14 @@ impl Engine {
             free_pages: self.pages.free(),
             cached_pages: self.pages.idle(),
             total_pages: self.pages.total(),
+            preemptions: self.preemptions,
         }
     }
 
     /// One forward pass over rows of the scheduled requests; appends what it caused to `events`.
     pub fn step(&mut self, events: &mut Vec<Event>) -> StepReport {
         self.admit();
+        self.grow();
         let report = self.plan();
         if report.rows == 0 {
             return report;
@@ -201,27 +235,24 @@ impl Engine {
         report
     }
 
-    /// Moves requests from the queue to the active ones while pages and places last, in order of priority.
-    fn admit(&mut self) {
-        while self.active.len() < self.limits.active_max {
-            let best = (0..self.queue.len()).max_by_key(|&i| (self.queue[i].request.priority, std::cmp::Reverse(i)));
-            let Some(best) = best else { return };
-            if !self.queue[best].attach(&mut self.pages) {
-                return;
-            }
-            self.active.push(self.queue.remove(best));
-        }
-    }
-
     /// Fills the batch with rows.
     fn plan(&mut self) -> StepReport {
-        let batch = &mut self.batch;
+        let (batch, plan) = (&mut self.batch, &mut self.plan);
         batch.clear();
-        let runnable: Vec<usize> = (0..self.active.len()).filter(|&i| !self.active[i].paused).collect();
-        let needs: Vec<_> = runnable.iter().map(|&i| self.active[i].need()).collect();
-        let grants = share(&needs, self.limits.rows_max);
+        plan.clear();
+        for (index, life) in self.active.iter_mut().enumerate() {
+            if life.can_run() {
+                batch.runnable.push(index);
+                plan.needs.push(life.need(self.step));
+            } else {
+                // It does not wait for rows: its turn begins when it could use them.
+                life.last_step = self.step;
+            }
+        }
+        plan.share(self.limits.rows_max);
         let mut report = StepReport::default();
-        for ((index, need), grant) in runnable.into_iter().zip(&needs).zip(grants) {
+        for (i, (need, &grant)) in plan.needs.iter().zip(plan.grants()).enumerate() {
+            let index = batch.runnable[i];
             let rows = grant.rows(need);
             if rows == 0 {
                 continue;
