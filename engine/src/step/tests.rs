@@ -5,6 +5,7 @@ use super::*;
 use crate::model::LoadOptions;
 use crate::policy::{Bound, Comparison, Order, Policy, Quota};
 use crate::request::{Reason, Sampling, Settings};
+use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -182,4 +183,157 @@ fn the_cache_holds_its_limit() {
         finish(&mut engine, &mut Answers::new());
         assert_eq!((engine.load().cached_pages, engine.load().free_pages), (3, 64));
     }
+}
+
+/// What a trace of events does to the engine between two steps.
+#[derive(Debug, Clone)]
+enum Act {
+    Submit { shared: u32, own: u32, kind: usize, priority: i32, deadline: Option<u64> },
+    Cancel(usize),
+    Pause(usize, bool),
+    Preempt(usize),
+    Step,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let submit = (0u32..3, 1u32..90, 0usize..6, 0i32..2, prop::option::of(0u64..3)).prop_map(
+        |(shared, own, kind, priority, deadline)| Act::Submit { shared: 40 * shared, own, kind, priority, deadline },
+    );
+    let which = 0usize..30;
+    prop_oneof![
+        6 => submit,
+        1 => which.clone().prop_map(Act::Cancel),
+        2 => (which.clone(), any::<bool>()).prop_map(|(i, paused)| Act::Pause(i, paused)),
+        1 => which.prop_map(Act::Preempt),
+        12 => Just(Act::Step),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// I1 and I7 under overload: whatever comes, goes, pauses and is sent back, with far too few pages for all, no page
+    /// is lost or shared by accident, every step carries something, everything ends, and with the tokens and passes it
+    /// would have had alone.
+    #[test]
+    fn overload_changes_no_token_and_loses_no_page(
+        acts in prop::collection::vec(act(), 20..70),
+        pages in 8usize..14,
+        cached_pages in prop::sample::select(vec![0usize, 4, 64]),
+        active_max in 1usize..7,
+    ) {
+        let model = block_causal();
+        let limits = Limits { pages, cached_pages, active_max, queue_max: 40, rows_max: 64 };
+        let (mut engine, mut answers) = (Engine::new(Arc::clone(model), limits), Answers::new());
+        let mut requests: Vec<Request> = Vec::new();
+        let mut cancelled = Vec::new();
+        for act in acts {
+            match act {
+                Act::Submit { shared, own, kind, priority, deadline } => {
+                    let id = requests.len() as u64;
+                    let base = request(id, shared, own, policies()[kind], [4, 8][kind % 2]);
+                    requests.push(Request { priority, deadline, ..base });
+                    engine.submit(requests[id as usize].clone()).unwrap();
+                }
+                Act::Cancel(i) => {
+                    cancelled.push(i as u64);
+                    engine.cancel(RequestId(i as u64));
+                }
+                Act::Pause(i, paused) => engine.pause(RequestId(i as u64), paused),
+                Act::Preempt(i) => engine.preempt(RequestId(i as u64)),
+                Act::Step => {
+                    let could = engine.has_work();
+                    prop_assert_eq!(step(&mut engine, &mut answers).rows > 0, could);
+                }
+            }
+            audit(&engine);
+        }
+        (0..requests.len()).for_each(|i| engine.pause(RequestId(i as u64), false));
+        finish(&mut engine, &mut answers);
+        prop_assert_eq!(engine.load().free_pages, pages);
+        for request in requests {
+            let id = request.id.0;
+            let expected = alone(model, request);
+            match answers.get(&id) {
+                Some(answer) if answer.end.is_some() => prop_assert_eq!(answer, &expected),
+                _ => prop_assert!(cancelled.contains(&id), "request {} has not ended", id),
+            }
+        }
+    }
+}
+
+/// I1: a request sent back after any number of passes gives the same tokens in as many counted passes, whether its
+/// pages are found again or not.
+#[test]
+fn a_preempted_request_gives_the_same_tokens() {
+    let cases = [(block_causal(), 4, THRESHOLD), (causal(), 16, THRESHOLD), (causal(), 1, Policy::Autoregressive)];
+    for (model, block, policy) in cases {
+        let expected = alone(model, request(1, 0, 50, policy, block));
+        for (after, cached_pages) in (1..expected.end.unwrap().1).step_by(3).zip([64, 0].into_iter().cycle()) {
+            let (mut engine, mut answers) = (engine(model, 64, cached_pages), Answers::new());
+            engine.submit(request(1, 0, 50, policy, block)).unwrap();
+            for _ in 0..after {
+                step(&mut engine, &mut answers);
+            }
+            engine.preempt(RequestId(1));
+            audit(&engine);
+            let load = engine.load();
+            assert_eq!((load.active, load.queued, load.free_pages, load.preemptions), (0, 1, 64, 1));
+            finish(&mut engine, &mut answers);
+            assert_eq!(answers[&1], expected, "{policy:?} after {after}");
+        }
+    }
+}
+
+/// The first in order takes what it needs from those behind it, and a paused one is behind all that can run.
+#[test]
+fn pages_go_to_the_first_in_order() {
+    let model = block_causal();
+    let long = |id, priority| {
+        let base = request(id, 0, 20, THRESHOLD, 4);
+        Request { priority, settings: Settings { max_tokens: 100, ..base.settings }, ..base }
+    };
+    let mut engine = engine(model, 4, 4);
+    let mut answers = Answers::new();
+    for (id, priority) in [(1, 0), (2, 0), (3, 5)] {
+        engine.submit(long(id, priority)).unwrap();
+    }
+    while engine.has_work() && answers.values().all(|answer| answer.end.is_none()) {
+        assert!(step(&mut engine, &mut answers).rows > 0);
+    }
+    assert!(answers[&3].end.is_some(), "{:?}", engine.load());
+    assert!(engine.load().preemptions > 0);
+    // Whoever holds pages is paused: the others end all the same.
+    step(&mut engine, &mut answers);
+    engine.pause(RequestId(1), true);
+    finish(&mut engine, &mut answers);
+    assert!(answers[&2].end.is_some() && answers[&1].end.is_none());
+    engine.pause(RequestId(1), false);
+    finish(&mut engine, &mut answers);
+    for id in 1..4 {
+        assert_eq!(answers[&id], alone(model, long(id, 0)));
+    }
+}
+
+#[test]
+fn an_earlier_deadline_goes_first_among_equals() {
+    let limits = Limits { active_max: 1, pages: 64, ..Limits::default() };
+    let mut engine = Engine::new(Arc::clone(block_causal()), limits);
+    let due = |id, deadline| Request { deadline, ..request(id, 0, 5, THRESHOLD, 4) };
+    for (id, deadline) in [(1, None), (2, Some(9)), (3, Some(4))] {
+        engine.submit(due(id, deadline)).unwrap();
+    }
+    let (mut answers, mut ended) = (Answers::new(), Vec::new());
+    while engine.has_work() {
+        step(&mut engine, &mut answers);
+        ended.extend(
+            answers
+                .iter()
+                .filter(|(_, a)| a.end.is_some())
+                .map(|(&id, _)| id)
+                .filter(|id| !ended.contains(id))
+                .collect::<Vec<_>>(),
+        );
+    }
+    assert_eq!(ended, [3, 2, 1]);
 }
