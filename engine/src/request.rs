@@ -181,6 +181,11 @@ pub enum Event {
         /// Every fill and edit.
         trace: BlockTrace,
     },
+    /// Deciding over the request panicked, which is a bug; it ended and holds nothing any more. The others go on.
+    Failed {
+        /// Whose.
+        id: RequestId,
+    },
     /// The request ended and holds nothing any more.
     Finished {
         /// Whose.
@@ -203,6 +208,7 @@ impl Event {
             Event::Draft { id, .. }
             | Event::Commit { id, .. }
             | Event::Trace { id, .. }
+            | Event::Failed { id }
             | Event::Finished { id, .. } => *id,
         }
     }

@@ -58,6 +58,17 @@ pub(super) struct Life {
     pub(super) nfe: u32,
     /// Denoise or decode passes of this run, the index that traces give.
     pub(super) passes: u32,
+    #[cfg(test)]
+    pub(super) panics: bool,
+}
+
+/// What a policy is given and gives; buffers of one block, kept between steps.
+#[derive(Debug, Default)]
+pub(super) struct Deciding {
+    spread: Vec<Candidate>,
+    immutable: Vec<bool>,
+    random: Vec<u32>,
+    changes: Vec<Change>,
 }
 
 impl Life {
@@ -97,6 +108,8 @@ impl Life {
             mask_id: config.mask_id.unwrap_or(0),
             passes: 0,
             request,
+            #[cfg(test)]
+            panics: false,
         }
     }
 
@@ -227,9 +240,11 @@ impl Life {
         &mut self,
         grant: Grant,
         candidates: &[Candidate],
-        changes: &mut Vec<Change>,
+        deciding: &mut Deciding,
         events: &mut Vec<Event>,
     ) -> Option<Reason> {
+        #[cfg(test)]
+        assert!(!self.panics || matches!(self.state, State::Prefill { .. }), "as a test wants it");
         match &mut self.state {
             State::Prefill { next } => {
                 *next += grant.kept;
@@ -242,7 +257,7 @@ impl Life {
             State::Denoise { store, .. } => *store = None,
             State::Queued | State::Finished { .. } => return None,
         }
-        self.advance_denoise(candidates, changes, events)
+        self.advance_denoise(candidates, deciding, events)
     }
 
     fn advance_decode(&mut self, candidates: &[Candidate], events: &mut Vec<Event>) -> Option<Reason> {
@@ -268,22 +283,25 @@ impl Life {
     fn advance_denoise(
         &mut self,
         candidates: &[Candidate],
-        changes: &mut Vec<Change>,
+        deciding: &mut Deciding,
         events: &mut Vec<Event>,
     ) -> Option<Reason> {
         let settings = &self.request.settings;
         let State::Denoise { block, .. } = &mut self.state else { return None };
+        let Deciding { spread, immutable, random, changes } = deciding;
+        let len = block.len();
         let mut proposals = candidates.iter();
-        let spread: Vec<Candidate> = (0..block.len())
-            .map(|i| if block.can_change(i, &settings.policy) { proposals.next().copied() } else { None })
-            .map(Option::unwrap_or_default)
-            .collect();
-        let immutable: Vec<bool> = (0..block.len()).map(|i| i < block.prompt_len).collect();
-        let random: Vec<u32> = (0..block.len() as u32)
-            .map(|i| key(settings.sampling.seed, Purpose::Order, block.start + i, 0)[0])
-            .collect();
-        decide(&settings.policy, &block.view(&immutable, &spread, &random, self.block_size), changes);
-        let progress = block.apply(&settings.policy, changes, &spread, self.passes as i32);
+        spread.clear();
+        spread.extend((0..len).map(|i| {
+            let proposal = if block.can_change(i, &settings.policy) { proposals.next().copied() } else { None };
+            proposal.unwrap_or_default()
+        }));
+        immutable.clear();
+        immutable.extend((0..len).map(|i| i < block.prompt_len));
+        random.clear();
+        random.extend((block.start..).take(len).map(|at| key(settings.sampling.seed, Purpose::Order, at, 0)[0]));
+        decide(&settings.policy, &block.view(immutable, spread, random, self.block_size), changes);
+        let progress = block.apply(&settings.policy, changes, spread, self.passes as i32);
         self.passes += 1;
         self.nfe += 1;
         match progress {

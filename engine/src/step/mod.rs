@@ -10,11 +10,12 @@ mod schedule;
 use crate::model::{Model, ModelConfig, Scratch};
 use crate::pages::Pages;
 use crate::plan::{Grant, Plan};
-use crate::policy::{Candidate, Change};
+use crate::policy::Candidate;
 use crate::request::{BLOCK_SIZE_MAX, Event, Refusal, Request, RequestId};
 use crate::sample;
-use life::Life;
+use life::{Deciding, Life};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use unmask_kernels::{Bans, Draw, KvCache, Record, Row, RowTable};
 
@@ -105,7 +106,7 @@ struct Batch {
     runnable: Vec<usize>,
     jobs: Vec<Job>,
     candidates: Vec<Candidate>,
-    changes: Vec<Change>,
+    deciding: Deciding,
     logits: Vec<f32>,
     ranked: Vec<(f32, u32)>,
 }
@@ -257,11 +258,11 @@ impl Engine {
             if rows == 0 {
                 continue;
             }
-            let active = &mut self.active[index];
-            active.last_step = self.step;
+            let life = &mut self.active[index];
+            life.last_step = self.step;
             let outputs = batch.outputs.len();
             let sequence = batch.jobs.len() as u32;
-            active.push_rows(grant, sequence, batch);
+            life.push_rows(grant, sequence, batch);
             batch.jobs.push(Job { active: index, grant, outputs: outputs..batch.outputs.len() });
             report.rows += rows;
             report.kept_rows += grant.kept;
@@ -284,34 +285,45 @@ impl Engine {
         }
     }
 
-    /// Lets each request's policy decide over its records; commits what is final; ends what is over.
+    /// Lets each request's policy decide over its records; commits what is final; ends what is over. What goes wrong
+    /// in deciding over one request ends that request only (I10).
     fn decode(&mut self, events: &mut Vec<Event>) {
         let mut batch = std::mem::take(&mut self.batch);
+        let jobs = std::mem::take(&mut batch.jobs);
         let mut ended = Vec::new();
-        for job in &batch.jobs {
-            let sampling = self.active[job.active].request.settings.sampling;
-            batch.candidates.clear();
-            for output in job.outputs.clone() {
-                let record = &mut batch.records[output];
-                if sampling.filters() {
-                    let key = batch.draws[output].key;
-                    self.model.row_logits(&self.scratch, output, &mut batch.logits);
-                    sample::refine(record, &batch.logits, &self.bans, &sampling, key, &mut batch.ranked);
-                }
-                batch.candidates.push(sample::candidate(record));
+        for job in &jobs {
+            let id = self.active[job.active].request.id;
+            let decided = catch_unwind(AssertUnwindSafe(|| self.decide(job, &mut batch, events)));
+            if let Some(end) = decided.unwrap_or(Some(Event::Failed { id })) {
+                ended.push((job.active, end));
             }
-            let active = &mut self.active[job.active];
-            if let Some(reason) = active.advance(job.grant, &batch.candidates, &mut batch.changes, events) {
-                ended.push((job.active, reason));
-            }
-            active.publish(&mut self.pages);
         }
+        batch.jobs = jobs;
         self.batch = batch;
         ended.sort_by_key(|&(index, _)| std::cmp::Reverse(index));
-        for (index, reason) in ended {
-            events.push(self.active[index].finished(reason));
+        for (index, end) in ended {
+            events.push(end);
             self.release(index);
         }
+    }
+
+    /// One request's part of [`Engine::decode`]; its last event when it is over.
+    fn decide(&mut self, job: &Job, batch: &mut Batch, events: &mut Vec<Event>) -> Option<Event> {
+        let life = &mut self.active[job.active];
+        let sampling = life.request.settings.sampling;
+        batch.candidates.clear();
+        for output in job.outputs.clone() {
+            let record = &mut batch.records[output];
+            if sampling.filters() {
+                let key = batch.draws[output].key;
+                self.model.row_logits(&self.scratch, output, &mut batch.logits);
+                sample::refine(record, &batch.logits, &self.bans, &sampling, key, &mut batch.ranked);
+            }
+            batch.candidates.push(sample::candidate(record));
+        }
+        let reason = life.advance(job.grant, &batch.candidates, &mut batch.deciding, events);
+        life.publish(&mut self.pages);
+        reason.map(|reason| life.finished(reason))
     }
 
     fn release(&mut self, index: usize) {

@@ -337,3 +337,68 @@ fn an_earlier_deadline_goes_first_among_equals() {
     }
     assert_eq!(ended, [3, 2, 1]);
 }
+
+/// I10: a panic in deciding over one request ends that one; the others never notice.
+#[test]
+fn a_panic_in_one_request_ends_no_other() {
+    let (mut engine, mut answers) = (engine(block_causal(), 64, 64), Answers::new());
+    for id in 1..4 {
+        engine.submit(request(id, 40, 9, THRESHOLD, 4)).unwrap();
+    }
+    engine.queue[1].panics = true;
+    let mut events = Vec::new();
+    while engine.has_work() {
+        engine.step(&mut events);
+        audit(&engine);
+    }
+    assert_eq!(events.iter().filter(|event| matches!(event, Event::Failed { .. })).count(), 1);
+    for event in events {
+        let answer = answers.entry(event.id().0).or_default();
+        match event {
+            Event::Commit { tokens, .. } => answer.tokens.extend(tokens),
+            Event::Finished { reason, nfe, .. } => answer.end = Some((reason, nfe)),
+            Event::Failed { id } => assert_eq!(id, RequestId(2)),
+            _ => {}
+        }
+    }
+    assert_eq!(answers[&2].end, None);
+    for id in [1, 3] {
+        assert_eq!(answers[&id], alone(block_causal(), request(id, 40, 9, THRESHOLD, 4)));
+    }
+    assert_eq!(engine.load().free_pages, 64);
+}
+
+/// A block costs its steps and no pass more: stores ride along. The exception: where kept rows reach as far as open
+/// ones, a block whose last pass changed nothing needs no store. Rows are counted from what the passes did.
+#[test]
+fn a_store_rides_along_or_is_not_needed() {
+    let settling = Policy::JointEdit { tau: 0.5, tau_edit: 0.9, max_post_steps: 3 };
+    let mut left_out = 0;
+    for (model, policy) in
+        [(block_causal(), settling), (block_causal(), THRESHOLD), (causal(), settling), (causal(), THRESHOLD)]
+    {
+        let mut engine = engine(model, 64, 0);
+        engine.submit(Request { priority: 3, ..request(6, 0, 8, policy, 8) }).unwrap();
+        // A prompt of one block rides with the first pass.
+        let (mut store, mut passes, mut blocks_passes) = (8, 0, 0);
+        let mut events = Vec::new();
+        while engine.has_work() {
+            let report = engine.step(&mut events);
+            assert_eq!((report.kept_rows, report.open_rows), (store, 8), "{policy:?} pass {passes}");
+            passes += 1;
+            store = 0;
+            for event in events.drain(..) {
+                let Event::Trace { trace, .. } = event else { continue };
+                let last = passes - 1;
+                let changed = trace.fills.iter().any(|fill| fill.pass == last)
+                    || trace.edits.iter().any(|edit| edit.pass == last);
+                let stands = !changed && Arc::ptr_eq(model, block_causal());
+                left_out += u32::from(stands);
+                store = if stands { 0 } else { 8 };
+                blocks_passes = trace.passes;
+            }
+        }
+        assert_eq!(passes as u32, blocks_passes);
+    }
+    assert!(left_out > 0, "the exception was never seen");
+}

@@ -27,8 +27,12 @@ struct Running {
     thread: JoinHandle<()>,
 }
 
-fn running(limits: Limits, stall_limit: Duration) -> Running {
-    let (handle, thread) = start(Engine::new(model(), limits), limits, stall_limit).unwrap();
+fn running(limits: Limits, give_up: Duration) -> Running {
+    running_with(limits, Patience { preempt: give_up, give_up })
+}
+
+fn running_with(limits: Limits, patience: Patience) -> Running {
+    let (handle, thread) = start(Engine::new(model(), limits), limits, patience).unwrap();
     Running { handle, thread }
 }
 
@@ -180,6 +184,22 @@ async fn a_stalled_reader_is_given_up() {
     assert_eq!(read, UNREAD_MAX);
     let status = end(reading).await.unwrap_err();
     assert_eq!((status.code(), reason_of(&status).as_str()), (Code::Aborted, "READER_STALLED"));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_stalled_reader_loses_its_pages_and_gets_them_again_when_it_goes_on() {
+    let patience = Patience { preempt: Duration::from_millis(20), give_up: LIMIT };
+    let running = running_with(Limits { pages: 2000, ..Limits::default() }, patience);
+    let tokens = 4 * (UNREAD_MAX as u32 + 20);
+    let slow = running.submit(tokens).await.unwrap();
+    running.until(|load| load.preemptions == 1).await;
+    running.until(|load| (load.active, load.queued, load.free_pages) == (0, 1, 2000)).await;
+    assert_eq!(slow.events.len(), UNREAD_MAX);
+    assert_eq!(read(running.submit(40).await.unwrap()).await.0.len(), 40);
+    let (all, reason) = read(slow).await;
+    assert_eq!((all.len() as u32, reason), (tokens, FinishReason::Length));
+    running.until_empty().await;
     running.stop().await;
 }
 
