@@ -8,7 +8,7 @@
 //! - [`policy`]: the closed set of decoding rules, one pure function each
 //! - [`block`]: the open block and how a policy's choice changes it
 //! - [`draw`], [`sample`]: counter-based randomness, top-k and top-p
-//! - [`pages`]: key/value pages
+//! - [`prefix`], [`pages`]: names of pages by their content; who holds which
 //! - [`plan`]: which rows enter a step
 //! - [`step`]: the engine, and the hot loop
 //! - [`model`]: configuration, weights, forward pass
@@ -21,6 +21,7 @@ pub mod model;
 pub mod pages;
 pub mod plan;
 pub mod policy;
+pub mod prefix;
 pub mod profile;
 pub mod raw;
 pub mod request;

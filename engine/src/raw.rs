@@ -279,6 +279,8 @@ pub fn decode(model: &Arc<Model>, request: &RawDecode) -> Result<RawOutcome, Raw
         passes_used: 0,
         drafts: false,
         priority: 0,
+        deadline: None,
+        salt: 0,
         raw: true,
     })?;
     let mut traces = Vec::new();

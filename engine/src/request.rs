@@ -32,6 +32,11 @@ pub struct Request {
     pub drafts: bool,
     /// Larger is sooner.
     pub priority: i32,
+    /// Among equal priorities the earlier is sooner, `None` last (milliseconds on the caller's clock; the engine
+    /// only compares).
+    pub deadline: Option<u64>,
+    /// Requests share keys and values of equal prefixes only with requests of the same salt.
+    pub salt: u64,
     /// Raw access for comparisons: any block size, and [`Event::Trace`] for every block.
     pub raw: bool,
 }
@@ -176,6 +181,11 @@ pub enum Event {
         /// Every fill and edit.
         trace: BlockTrace,
     },
+    /// Deciding over the request panicked, which is a bug; it ended and holds nothing any more. The others go on.
+    Failed {
+        /// Whose.
+        id: RequestId,
+    },
     /// The request ended and holds nothing any more.
     Finished {
         /// Whose.
@@ -198,6 +208,7 @@ impl Event {
             Event::Draft { id, .. }
             | Event::Commit { id, .. }
             | Event::Trace { id, .. }
+            | Event::Failed { id }
             | Event::Finished { id, .. } => *id,
         }
     }

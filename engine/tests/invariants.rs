@@ -41,6 +41,8 @@ fn request(id: u64, prompt_len: u32, policy: Policy) -> Request {
         passes_used: 0,
         drafts: false,
         priority: 0,
+        deadline: None,
+        salt: 0,
         raw: false,
     }
 }

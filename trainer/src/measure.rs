@@ -160,6 +160,8 @@ pub fn complete(
                 passes_used: 0,
                 drafts: false,
                 priority: 0,
+                deadline: None,
+                salt: 0,
                 raw: false,
             })
             .with_context(|| format!("prompt {index}"))?;

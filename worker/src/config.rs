@@ -9,6 +9,9 @@ use unmask_engine::{Limits, LoadOptions};
 
 /// Longest wait at shutdown for requests to finish, when nothing else is configured.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// A reader that takes nothing for this long loses its request's pages until it goes on, when nothing else is
+/// configured.
+pub const PREEMPT_LIMIT: Duration = Duration::from_secs(5);
 /// A reader that takes nothing for this long is given up, when nothing else is configured.
 pub const STALL_LIMIT: Duration = Duration::from_secs(60);
 /// Memory for keys and values, when nothing else is configured (bytes).
@@ -40,6 +43,8 @@ pub struct RawConfig {
     pub kv_bytes: Option<u64>,
     /// Longest wait at shutdown for requests to finish (milliseconds).
     pub drain_limit_ms: Option<u64>,
+    /// A reader that takes nothing for this long loses its request's pages until it goes on (milliseconds).
+    pub preempt_limit_ms: Option<u64>,
     /// A reader that takes nothing for this long is given up (milliseconds).
     pub stall_limit_ms: Option<u64>,
     /// Folder to keep measured step times in; default: unmask/profiles under the user's cache folder.
@@ -70,6 +75,8 @@ pub struct Config {
     pub kv_bytes: u64,
     /// Longest wait at shutdown for requests to finish.
     pub drain_limit: Duration,
+    /// A reader that takes nothing for this long loses its request's pages until it goes on.
+    pub preempt_limit: Duration,
     /// A reader that takes nothing for this long is given up.
     pub stall_limit: Duration,
     /// Folder to keep measured step times in; `None` measures none.
@@ -96,6 +103,7 @@ impl Config {
             queue_max: limits.queue_max,
             kv_bytes: KV_BYTES,
             drain_limit: DRAIN_LIMIT,
+            preempt_limit: PREEMPT_LIMIT,
             stall_limit: STALL_LIMIT,
             profile_dir: None,
         }
@@ -149,12 +157,13 @@ impl TryFrom<RawConfig> for Config {
         config.kv_bytes = raw.kv_bytes.unwrap_or(config.kv_bytes);
         require(config.kv_bytes > 0, "kv_bytes: must be at least 1".into());
         let drain = raw.drain_limit_ms.map_or(config.drain_limit, Duration::from_millis);
+        let preempt = raw.preempt_limit_ms.map_or(config.preempt_limit, Duration::from_millis);
         let stall = raw.stall_limit_ms.map_or(config.stall_limit, Duration::from_millis);
-        for (key, limit) in [("drain_limit_ms", drain), ("stall_limit_ms", stall)] {
+        for (key, limit) in [("drain_limit_ms", drain), ("preempt_limit_ms", preempt), ("stall_limit_ms", stall)] {
             require(limit <= LIMIT_MAX, format!("{key}: must be at most {}", LIMIT_MAX.as_millis()));
         }
-        (config.drain_limit, config.stall_limit) = (drain, stall);
         config.profile_dir = raw.profile_dir.or_else(default_profile_dir);
+        (config.drain_limit, config.preempt_limit, config.stall_limit) = (drain, preempt, stall);
         if errors.is_empty() { Ok(config) } else { Err(ConfigError(errors)) }
     }
 }

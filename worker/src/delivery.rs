@@ -105,7 +105,7 @@ impl Delivery {
         self.flow
     }
 
-    /// Takes an event of the engine. Traces are never asked for.
+    /// Takes an event of the engine.
     pub(crate) fn take(&mut self, event: Event, now: Instant) {
         match event {
             Event::Draft { first_position, tokens, masked, step, .. } => {
@@ -126,7 +126,8 @@ impl Delivery {
                 let usage = Usage { prompt_tokens, completion_tokens };
                 self.finish(mapping::reason_to(reason), usage, nfe, now);
             }
-            Event::Trace { .. } => {}
+            // Nobody asks for traces, and what has failed is ended by the runner.
+            Event::Trace { .. } | Event::Failed { .. } => {}
         }
     }
 

@@ -29,7 +29,7 @@ pub use descriptor::TokenizerFilesError;
 use crate::descriptor::TokenizerFiles;
 use crate::join::Joiner;
 use crate::membership::Membership;
-use crate::runner::Handle;
+use crate::runner::{Handle, Patience};
 use crate::service::Service;
 use std::future::Future;
 use std::io;
@@ -231,7 +231,8 @@ fn load(config: &Config) -> Result<Loaded, WorkerError> {
         pages = limits.pages,
         "ready"
     );
-    let (runner, engine_thread) = runner::start(engine, limits, config.stall_limit).map_err(no_thread)?;
+    let patience = Patience { preempt: config.preempt_limit, give_up: config.stall_limit };
+    let (runner, engine_thread) = runner::start(engine, limits, patience).map_err(no_thread)?;
     Ok(Loaded { model, tokenizer, runner, engine_thread })
 }
 
@@ -258,6 +259,8 @@ fn canary(engine: &mut Engine) -> Result<(), String> {
         passes_used: 0,
         drafts: false,
         priority: 0,
+        deadline: None,
+        salt: 0,
         raw: false,
     };
     engine.submit(request).map_err(|refusal| refusal.to_string())?;
@@ -277,7 +280,13 @@ fn limits(config: &Config, model: &Model) -> Limits {
     let afforded = usize::try_from(config.kv_bytes / page_bytes).unwrap_or(usize::MAX);
     let per_request = Pages::needed(model.config().context_length.saturating_add(BLOCK_SIZE_MAX));
     let pages = afforded.min(per_request.saturating_mul(config.active_max)).max(1);
-    Limits { rows_max: config.rows_max, active_max: config.active_max, queue_max: config.queue_max, pages }
+    Limits {
+        rows_max: config.rows_max,
+        active_max: config.active_max,
+        queue_max: config.queue_max,
+        pages,
+        cached_pages: pages,
+    }
 }
 
 /// Waits for the threads to end: they have been told to.

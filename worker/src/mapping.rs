@@ -47,6 +47,8 @@ pub(crate) fn request(message: RunRequest, id: RequestId, defaults: &Policy) -> 
         passes_used: message.passes_used,
         drafts: message.stream_drafts,
         priority: message.priority,
+        deadline: None,
+        salt: 0,
         raw: false,
     })
 }

@@ -1,7 +1,8 @@
 //! The thread that owns the engine: takes requests between steps, steps, delivers.
 //!
 //! Everybody else holds a [`Handle`]. A reader that drops its stream frees its rows before the next step; a reader
-//! that is slow pauses its own request only; a panic in a step ends the requests of that step, not the thread.
+//! that is slow pauses its own request only, and loses its pages to others when it stays so; a panic over one request
+//! ends that request, one in the forward pass ends those the engine holds, neither ends the thread.
 
 use crate::delivery::{Delivery, Flow, Reading, Terms};
 use crate::mapping;
@@ -106,25 +107,44 @@ pub(crate) fn stopped() -> Status {
     rich::retryable(Code::Unavailable, "WORKER_STOPPING", "the worker is stopping", mapping::RETRY_AFTER)
 }
 
+/// How long a reader may take nothing.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    /// Then its request loses its pages until the reader goes on.
+    pub preempt: Duration,
+    /// Then the request ends.
+    pub give_up: Duration,
+}
+
 /// Starts the thread.
 ///
 /// # Errors
 /// When the system gives no thread.
-pub(crate) fn start(engine: Engine, limits: Limits, stall_limit: Duration) -> io::Result<(Handle, JoinHandle<()>)> {
+pub(crate) fn start(engine: Engine, limits: Limits, patience: Patience) -> io::Result<(Handle, JoinHandle<()>)> {
     let (letters, mailbox) = sync_channel(MAILBOX_MAX);
     let (load, loads) = watch::channel(engine.load());
     let stop = Arc::new(AtomicBool::new(false));
     let handle = Handle { letters, load: loads, next_id: Arc::new(AtomicU64::new(1)), stop: Arc::clone(&stop) };
-    let runner =
-        Runner { limits, stall_limit, engine, mailbox, load, deliveries: BTreeMap::new(), events: Vec::new(), stop };
+    let runner = Runner {
+        limits,
+        patience,
+        origin: Instant::now(),
+        engine,
+        mailbox,
+        load,
+        deliveries: BTreeMap::new(),
+        events: Vec::new(),
+        stop,
+    };
     let thread = std::thread::Builder::new().name("unmask-engine".into()).spawn(move || runner.run())?;
     Ok((handle, thread))
 }
 
 struct Runner {
     limits: Limits,
-    /// A reader that takes nothing for this long is given up.
-    stall_limit: Duration,
+    patience: Patience,
+    /// Zero of the clock by which the engine compares deadlines.
+    origin: Instant,
     engine: Engine,
     mailbox: Receiver<Letter>,
     load: watch::Sender<Load>,
@@ -183,9 +203,17 @@ impl Runner {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { request, terms, reply } = submission;
+        let Submission { mut request, terms, reply } = submission;
         let id = request.id;
-        let answer = match self.engine.submit(request) {
+        let since_origin = |at: Instant| at.saturating_duration_since(self.origin).as_millis() as u64;
+        request.deadline = terms.deadline.map(since_origin);
+        // A request is looked at as a whole before the engine changes: a panic leaves it as it was.
+        let submitted = catch_unwind(AssertUnwindSafe(|| self.engine.submit(request)));
+        let Ok(submitted) = submitted else {
+            let _ = reply.send(Err(failed()));
+            return;
+        };
+        let answer = match submitted {
             Ok(()) => {
                 let (delivery, reading) = Delivery::new(terms);
                 self.deliveries.insert(id, delivery);
@@ -199,7 +227,7 @@ impl Runner {
 
     /// Ends what is over by the clock or by its reader; pauses and resumes the others.
     fn look_at_readers(&mut self, now: Instant) {
-        let (engine, stall_limit) = (&mut self.engine, self.stall_limit);
+        let (engine, patience) = (&mut self.engine, self.patience);
         let mut over = Vec::new();
         for (&id, delivery) in &mut self.deliveries {
             if delivery.abandoned() {
@@ -218,10 +246,13 @@ impl Runner {
             delivery.flush(now);
             match (was, delivery.flow()) {
                 _ if delivery.complete() => over.push((id, Ok(()))),
-                (_, Flow::Full(since)) if now.saturating_duration_since(since) >= stall_limit => {
-                    over.push((id, Err(reader_stalled(stall_limit))));
+                (_, Flow::Full(since)) if now.saturating_duration_since(since) >= patience.give_up => {
+                    over.push((id, Err(reader_stalled(patience.give_up))));
                 }
-                (Flow::Open, Flow::Full(_)) => engine.pause(id, true),
+                // Of one that has none left it takes nothing.
+                (_, Flow::Full(since)) if now.saturating_duration_since(since) >= patience.preempt => {
+                    engine.preempt(id);
+                }
                 (Flow::Full(_), Flow::Open) => engine.pause(id, false),
                 _ => {}
             }
@@ -240,6 +271,10 @@ impl Runner {
         let carried = report.rows > 0 || !events.is_empty();
         for event in events.drain(..) {
             let id = event.id();
+            if let Event::Failed { .. } = event {
+                self.end(id, Err(failed()));
+                continue;
+            }
             let Some(delivery) = self.deliveries.get_mut(&id) else { continue };
             let was = delivery.flow();
             delivery.take(event, now);
@@ -287,12 +322,17 @@ impl Runner {
     fn start_over(&mut self) {
         tracing::error!(requests = self.deliveries.len(), "a step panicked; starting over with an empty engine");
         for delivery in std::mem::take(&mut self.deliveries).into_values() {
-            delivery.end(Err(rich::status(Code::Internal, "STEP_PANICKED", "a step of the engine failed")));
+            delivery.end(Err(failed()));
         }
         self.events.clear();
         self.engine = Engine::new(Arc::clone(self.engine.model()), self.limits);
         self.load.send_replace(self.engine.load());
     }
+}
+
+/// The status of a request that met a bug.
+fn failed() -> Status {
+    rich::status(Code::Internal, "STEP_PANICKED", "a step of the engine failed")
 }
 
 /// The status of a request whose `grpc-timeout` passed.

@@ -120,7 +120,7 @@ pub(super) fn canvas_end(request: &Request, config: &ModelConfig) -> u32 {
     if ends(request, config).whole_last_block { end.next_multiple_of(block_size(request)) } else { end }
 }
 
-/// Pages the request holds from admission to its end, so that it never waits for one in between.
+/// Pages the request can come to hold.
 pub(super) fn pages_needed(request: &Request, config: &ModelConfig) -> usize {
     Pages::needed(canvas_end(request, config))
 }

@@ -1,19 +1,21 @@
 //! The engine: requests in, one forward pass at a time, events out.
 //!
-//! [`Engine::step`] is the hot loop: admit, plan, forward, decode. Requests enter only between steps.
+//! [`Engine::step`] is the hot loop: admit, grow, plan, forward, decode. Requests enter only between steps.
 
-mod active;
 mod admission;
+mod holding;
+mod life;
+mod schedule;
 
 use crate::model::{Model, ModelConfig, Scratch};
 use crate::pages::Pages;
-use crate::plan::{Grant, share};
-use crate::policy::{Candidate, Change};
+use crate::plan::{Grant, Plan};
+use crate::policy::Candidate;
 use crate::request::{BLOCK_SIZE_MAX, Event, Refusal, Request, RequestId};
 use crate::sample;
-use active::Active;
-use std::collections::VecDeque;
+use life::{Deciding, Life};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use unmask_kernels::{Bans, Draw, KvCache, Record, Row, RowTable};
 
@@ -24,15 +26,17 @@ pub struct Limits {
     pub rows_max: u32,
     /// Most requests that hold key/value pages.
     pub active_max: usize,
-    /// Most requests that wait for them.
+    /// Most requests that wait for them; those that gave theirs up come on top.
     pub queue_max: usize,
     /// Key/value pages of [`unmask_kernels::PAGE_SLOTS`] positions.
     pub pages: usize,
+    /// Of them, most that nobody holds but that keep a prefix to be found again; 0 turns the prefix cache off.
+    pub cached_pages: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { rows_max: 8 * BLOCK_SIZE_MAX, active_max: 64, queue_max: 512, pages: 4096 }
+        Self { rows_max: 8 * BLOCK_SIZE_MAX, active_max: 64, queue_max: 512, pages: 4096, cached_pages: 4096 }
     }
 }
 
@@ -47,8 +51,12 @@ pub struct Load {
     pub queued: usize,
     /// Key/value pages nobody holds.
     pub free_pages: usize,
+    /// Of them, pages that keep a prefix until they are needed.
+    pub cached_pages: usize,
     /// All key/value pages.
     pub total_pages: usize,
+    /// Requests that had to give up their pages, since the engine was made.
+    pub preemptions: u64,
 }
 
 /// What a step carried.
@@ -71,13 +79,18 @@ pub struct Engine {
     bans: Bans,
     kv: KvCache,
     pages: Pages,
-    queue: VecDeque<Request>,
-    active: Vec<Active>,
+    /// Requests that wait, those sent back among them: at most `queue_max + active_max`.
+    queue: Vec<Life>,
+    /// In order of rank.
+    active: Vec<Life>,
     /// Number of the next step.
     step: u64,
     /// Arrivals so far.
     arrivals: u64,
+    /// Requests sent back to the queue so far.
+    preemptions: u64,
     scratch: Scratch,
+    plan: Plan,
     batch: Batch,
 }
 
@@ -89,9 +102,11 @@ struct Batch {
     outputs: Vec<u32>,
     draws: Vec<Draw>,
     records: Vec<Record>,
+    /// Active requests that may have rows, one per need of the plan.
+    runnable: Vec<usize>,
     jobs: Vec<Job>,
     candidates: Vec<Candidate>,
-    changes: Vec<Change>,
+    deciding: Deciding,
     logits: Vec<f32>,
     ranked: Vec<(f32, u32)>,
 }
@@ -111,6 +126,7 @@ impl Batch {
         self.rows.clear();
         self.outputs.clear();
         self.draws.clear();
+        self.runnable.clear();
         self.jobs.clear();
     }
 }
@@ -121,9 +137,22 @@ impl Engine {
         let bans = bans(model.config());
         let kv = model.new_kv(limits.pages);
         let scratch = model.new_scratch(limits.rows_max as usize);
-        let pages = Pages::new(limits.pages);
-        let (queue, active, batch) = (VecDeque::new(), Vec::new(), Batch::default());
-        Self { model, limits, bans, kv, pages, queue, active, step: 1, arrivals: 0, scratch, batch }
+        let pages = Pages::new(limits.pages, limits.cached_pages);
+        Self {
+            model,
+            limits,
+            bans,
+            kv,
+            pages,
+            queue: Vec::new(),
+            active: Vec::new(),
+            step: 1,
+            arrivals: 0,
+            preemptions: 0,
+            scratch,
+            plan: Plan::default(),
+            batch: Batch::default(),
+        }
     }
 
     /// The model.
@@ -136,20 +165,25 @@ impl Engine {
     /// # Errors
     /// [`Refusal`] when the queue is full, the request can never fit, or settings cannot be honoured.
     pub fn submit(&mut self, request: Request) -> Result<(), Refusal> {
-        if self.queue.iter().any(|q| q.id == request.id) || self.active.iter().any(|a| a.request.id == request.id) {
+        if self.lives().any(|life| life.request.id == request.id) {
             return Err(Refusal::Duplicate(request.id));
         }
         admission::check(&request, self.model.config(), &self.limits)?;
         if self.queue.len() >= self.limits.queue_max {
             return Err(Refusal::QueueFull { queued: self.queue.len(), limit: self.limits.queue_max });
         }
-        self.queue.push_back(request);
+        self.queue.push(Life::new(request, self.arrivals, &self.model));
+        self.arrivals += 1;
         Ok(())
+    }
+
+    fn lives(&self) -> impl Iterator<Item = &Life> {
+        self.active.iter().chain(&self.queue)
     }
 
     /// Drops a request and frees what it holds. Unknown ids are ignored: it may have just ended.
     pub fn cancel(&mut self, id: RequestId) {
-        self.queue.retain(|request| request.id != id);
+        self.queue.retain(|life| life.request.id != id);
         if let Some(index) = self.active.iter().position(|a| a.request.id == id) {
             self.release(index);
         }
@@ -157,32 +191,41 @@ impl Engine {
 
     /// A paused request gets no rows until it is resumed (its reader is slow).
     pub fn pause(&mut self, id: RequestId, paused: bool) {
-        if let Some(active) = self.active.iter_mut().find(|a| a.request.id == id) {
-            active.paused = paused;
+        if let Some(life) = self.active.iter_mut().chain(&mut self.queue).find(|life| life.request.id == id) {
+            life.paused = paused;
+        }
+    }
+
+    /// Takes a request's pages and place from it; it goes on from its last committed block, to the same tokens. One
+    /// that is not paused waits its turn in the queue, a paused one until it is resumed.
+    pub fn preempt(&mut self, id: RequestId) {
+        if let Some(index) = self.active.iter().position(|life| life.request.id == id) {
+            self.send_back(index);
         }
     }
 
     /// Whether a step would carry rows.
     pub fn has_work(&self) -> bool {
-        self.active.iter().any(|a| !a.paused) || (!self.queue.is_empty() && self.active.len() < self.limits.active_max)
+        self.lives().any(|life| !life.paused)
     }
 
     /// How much work the engine holds.
     pub fn load(&self) -> Load {
-        let queued: u64 = self.queue.iter().map(|q| q.prompt.len() as u64 + u64::from(q.settings.max_tokens)).sum();
-        let active: u64 = self.active.iter().map(Active::outstanding).sum();
         Load {
-            outstanding_rows: queued + active,
+            outstanding_rows: self.lives().map(Life::outstanding).sum(),
             active: self.active.len(),
             queued: self.queue.len(),
             free_pages: self.pages.free(),
+            cached_pages: self.pages.idle(),
             total_pages: self.pages.total(),
+            preemptions: self.preemptions,
         }
     }
 
     /// One forward pass over rows of the scheduled requests; appends what it caused to `events`.
     pub fn step(&mut self, events: &mut Vec<Event>) -> StepReport {
         self.admit();
+        self.grow();
         let report = self.plan();
         if report.rows == 0 {
             return report;
@@ -193,37 +236,33 @@ impl Engine {
         report
     }
 
-    /// Moves requests from the queue to the active ones while pages and places last, in order of priority.
-    fn admit(&mut self) {
-        while self.active.len() < self.limits.active_max {
-            let best = (0..self.queue.len()).max_by_key(|&i| (self.queue[i].priority, std::cmp::Reverse(i)));
-            let Some(best) = best else { return };
-            let needed = admission::pages_needed(&self.queue[best], self.model.config());
-            let Some(pages) = self.pages.take(needed) else { return };
-            let Some(request) = self.queue.remove(best) else { return };
-            self.active.push(Active::new(request, pages, self.arrivals, self.model.config()));
-            self.arrivals += 1;
-        }
-    }
-
     /// Fills the batch with rows.
     fn plan(&mut self) -> StepReport {
-        let batch = &mut self.batch;
+        let (batch, plan) = (&mut self.batch, &mut self.plan);
         batch.clear();
-        let runnable: Vec<usize> = (0..self.active.len()).filter(|&i| !self.active[i].paused).collect();
-        let needs: Vec<_> = runnable.iter().map(|&i| self.active[i].need()).collect();
-        let grants = share(&needs, self.limits.rows_max);
+        plan.clear();
+        for (index, life) in self.active.iter_mut().enumerate() {
+            if life.can_run() {
+                batch.runnable.push(index);
+                plan.needs.push(life.need(self.step));
+            } else {
+                // It does not wait for rows: its turn begins when it could use them.
+                life.last_step = self.step;
+            }
+        }
+        plan.share(self.limits.rows_max);
         let mut report = StepReport::default();
-        for ((index, need), grant) in runnable.into_iter().zip(&needs).zip(grants) {
+        for (i, (need, &grant)) in plan.needs.iter().zip(plan.grants()).enumerate() {
+            let index = batch.runnable[i];
             let rows = grant.rows(need);
             if rows == 0 {
                 continue;
             }
-            let active = &mut self.active[index];
-            active.last_step = self.step;
+            let life = &mut self.active[index];
+            life.last_step = self.step;
             let outputs = batch.outputs.len();
             let sequence = batch.jobs.len() as u32;
-            active.push_rows(grant, sequence, batch);
+            life.push_rows(grant, sequence, batch);
             batch.jobs.push(Job { active: index, grant, outputs: outputs..batch.outputs.len() });
             report.rows += rows;
             report.kept_rows += grant.kept;
@@ -246,38 +285,49 @@ impl Engine {
         }
     }
 
-    /// Lets each request's policy decide over its records; commits what is final; ends what is over.
+    /// Lets each request's policy decide over its records; commits what is final; ends what is over. What goes wrong
+    /// in deciding over one request ends that request only (I10).
     fn decode(&mut self, events: &mut Vec<Event>) {
         let mut batch = std::mem::take(&mut self.batch);
+        let jobs = std::mem::take(&mut batch.jobs);
         let mut ended = Vec::new();
-        for job in &batch.jobs {
-            let sampling = self.active[job.active].request.settings.sampling;
-            batch.candidates.clear();
-            for output in job.outputs.clone() {
-                let record = &mut batch.records[output];
-                if sampling.filters() {
-                    let key = batch.draws[output].key;
-                    self.model.row_logits(&self.scratch, output, &mut batch.logits);
-                    sample::refine(record, &batch.logits, &self.bans, &sampling, key, &mut batch.ranked);
-                }
-                batch.candidates.push(sample::candidate(record));
-            }
-            let active = &mut self.active[job.active];
-            if let Some(reason) = active.advance(job.grant, &batch.candidates, &mut batch.changes, events) {
-                ended.push((job.active, reason));
+        for job in &jobs {
+            let id = self.active[job.active].request.id;
+            let decided = catch_unwind(AssertUnwindSafe(|| self.decide(job, &mut batch, events)));
+            if let Some(end) = decided.unwrap_or(Some(Event::Failed { id })) {
+                ended.push((job.active, end));
             }
         }
+        batch.jobs = jobs;
         self.batch = batch;
         ended.sort_by_key(|&(index, _)| std::cmp::Reverse(index));
-        for (index, reason) in ended {
-            events.push(self.active[index].finished(reason));
+        for (index, end) in ended {
+            events.push(end);
             self.release(index);
         }
     }
 
+    /// One request's part of [`Engine::decode`]; its last event when it is over.
+    fn decide(&mut self, job: &Job, batch: &mut Batch, events: &mut Vec<Event>) -> Option<Event> {
+        let life = &mut self.active[job.active];
+        let sampling = life.request.settings.sampling;
+        batch.candidates.clear();
+        for output in job.outputs.clone() {
+            let record = &mut batch.records[output];
+            if sampling.filters() {
+                let key = batch.draws[output].key;
+                self.model.row_logits(&self.scratch, output, &mut batch.logits);
+                sample::refine(record, &batch.logits, &self.bans, &sampling, key, &mut batch.ranked);
+            }
+            batch.candidates.push(sample::candidate(record));
+        }
+        let reason = life.advance(job.grant, &batch.candidates, &mut batch.deciding, events);
+        life.publish(&mut self.pages);
+        reason.map(|reason| life.finished(reason))
+    }
+
     fn release(&mut self, index: usize) {
-        let active = self.active.remove(index);
-        self.pages.give(active.pages);
+        self.active.remove(index).detach(&mut self.pages);
     }
 }
 
@@ -292,3 +342,6 @@ fn bans(config: &ModelConfig) -> Bans {
     let softmax = if config.family.excludes_mask() { config.mask_id.into_iter().collect() } else { Vec::new() };
     Bans { vocab: config.tokenizer_size as usize, argmax, softmax }
 }
+
+#[cfg(test)]
+mod tests;

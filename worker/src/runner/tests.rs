@@ -27,8 +27,12 @@ struct Running {
     thread: JoinHandle<()>,
 }
 
-fn running(limits: Limits, stall_limit: Duration) -> Running {
-    let (handle, thread) = start(Engine::new(model(), limits), limits, stall_limit).unwrap();
+fn running(limits: Limits, give_up: Duration) -> Running {
+    running_with(limits, Patience { preempt: give_up, give_up })
+}
+
+fn running_with(limits: Limits, patience: Patience) -> Running {
+    let (handle, thread) = start(Engine::new(model(), limits), limits, patience).unwrap();
     Running { handle, thread }
 }
 
@@ -52,6 +56,8 @@ impl Running {
             passes_used: 0,
             drafts: false,
             priority: 0,
+            deadline: None,
+            salt: 0,
             raw: false,
         };
         let mut terms = Terms {
@@ -182,6 +188,22 @@ async fn a_stalled_reader_is_given_up() {
 }
 
 #[tokio::test]
+async fn a_stalled_reader_loses_its_pages_and_gets_them_again_when_it_goes_on() {
+    let patience = Patience { preempt: Duration::from_millis(20), give_up: LIMIT };
+    let running = running_with(Limits { pages: 2000, ..Limits::default() }, patience);
+    let tokens = 4 * (UNREAD_MAX as u32 + 20);
+    let slow = running.submit(tokens).await.unwrap();
+    running.until(|load| load.preemptions == 1).await;
+    running.until(|load| (load.active, load.queued, load.free_pages) == (0, 1, 2000)).await;
+    assert_eq!(slow.events.len(), UNREAD_MAX);
+    assert_eq!(read(running.submit(40).await.unwrap()).await.0.len(), 40);
+    let (all, reason) = read(slow).await;
+    assert_eq!((all.len() as u32, reason), (tokens, FinishReason::Length));
+    running.until_empty().await;
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn a_full_queue_refuses_and_says_when_to_try_again() {
     let running = running(Limits { pages: 2000, active_max: 1, queue_max: 1, ..Limits::default() }, LIMIT);
     let first = running.submit(ENDLESS).await.unwrap();
@@ -262,6 +284,8 @@ async fn stopping_ends_every_request_with_unavailable() {
         passes_used: 0,
         drafts: false,
         priority: 0,
+        deadline: None,
+        salt: 0,
         raw: false,
     };
     assert_eq!(handle.submit(request, terms).await.err().unwrap().code(), Code::Unavailable);

@@ -1,53 +1,79 @@
-//! A request that holds pages: its state, the rows it needs, what a pass makes of it.
+//! One request's life: its state, the rows it needs, what a pass makes of it.
 
 use super::{Batch, admission};
 use crate::block::{OpenBlock, Progress};
 use crate::draw::{Purpose, key};
-use crate::model::{ModelConfig, Reach, row_end};
+use crate::model::{Model, Reach, row_end};
 use crate::plan::{Grant, Need};
 use crate::policy::{Candidate, Change, Policy, decide};
+use crate::prefix::Chain;
 use crate::request::{BlockTrace, Ends, Event, Fill, Reason, Request};
+use std::cmp::Reverse;
 use unmask_kernels::{Draw, Row};
 
 /// Where a request stands. Kept rows `[kept, ..)` are those whose final keys and values are still to come.
 #[derive(Debug)]
 pub(super) enum State {
+    /// Waits for a place and pages; nothing is computed, or what was is given up.
+    Queued,
     /// Prompt rows from `next` on are to be computed; the first block follows in the pass that ends them.
     Prefill { next: u32 },
     /// A block is open. Rows of the block before it, from `store` on, ride along with its first pass.
     Denoise { block: OpenBlock, store: Option<u32> },
     /// Autoregressive: rows from `next` on are to be computed, the last one scores the next position.
     Decode { next: u32 },
+    /// Over; rows before `kept` were kept.
+    Finished { kept: u32 },
 }
 
-/// A request that holds pages.
+/// Place in the order: priority, deadline, age. Less is sooner; no two are equal.
+pub(super) type Rank = (Reverse<i32>, u64, u64);
+
+/// A request from submission to end.
 #[derive(Debug)]
-pub(super) struct Active {
+pub(super) struct Life {
     pub(super) request: Request,
+    /// Pages of positions from 0 on; empty while queued.
     pub(super) pages: Vec<u32>,
     pub(super) paused: bool,
-    /// Number of the step that last carried its rows.
+    /// Number of the step that last carried its rows, or in which it could not run.
     pub(super) last_step: u64,
-    state: State,
+    pub(super) state: State,
     arrival: u64,
     /// Prompt and everything committed.
-    tokens: Vec<u32>,
+    pub(super) tokens: Vec<u32>,
+    /// Names of its pages.
+    pub(super) chain: Chain,
+    /// Leading pages that others may find.
+    pub(super) published: usize,
     kept_reach: Reach,
     open_reach: Reach,
     ends: Ends,
-    block_size: u32,
-    canvas_end: u32,
+    pub(super) block_size: u32,
+    pub(super) canvas_end: u32,
     /// End-of-sequence ids of the model; none for raw requests, whose stop ids say it all.
     eos_ids: Vec<u32>,
     mask_id: u32,
     /// Passes that decided tokens.
-    nfe: u32,
+    pub(super) nfe: u32,
     /// Denoise or decode passes of this run, the index that traces give.
-    passes: u32,
+    pub(super) passes: u32,
+    #[cfg(test)]
+    pub(super) panics: bool,
 }
 
-impl Active {
-    pub(super) fn new(request: Request, pages: Vec<u32>, arrival: u64, config: &ModelConfig) -> Self {
+/// What a policy is given and gives; buffers of one block, kept between steps.
+#[derive(Debug, Default)]
+pub(super) struct Deciding {
+    spread: Vec<Candidate>,
+    immutable: Vec<bool>,
+    random: Vec<u32>,
+    changes: Vec<Change>,
+}
+
+impl Life {
+    pub(super) fn new(request: Request, arrival: u64, model: &Model) -> Self {
+        let config = model.config();
         let block_size = admission::block_size(&request);
         let autoregressive = request.settings.policy == Policy::Autoregressive;
         let prompt_len = request.prompt.len() as u32;
@@ -56,63 +82,86 @@ impl Active {
         let boundary = (end - end % block_size).max(prompt_len);
         let mut tokens = request.prompt.clone();
         tokens.extend(&request.committed[..(boundary - prompt_len) as usize]);
-        let request_is_raw = request.raw;
-        let mut active = Self {
+        let kept_reach = if autoregressive { Reach::Causal } else { config.kept_reach };
+        let reaches_over = match kept_reach {
+            Reach::Causal => 1,
+            Reach::Block => block_size,
+            // No row is final before the last one is known.
+            Reach::Bidirectional => u32::MAX,
+        };
+        Self {
+            chain: Chain::new(model.numerics_id(), reaches_over, request.salt),
+            published: 0,
             ends: admission::ends(&request, config),
             canvas_end: admission::canvas_end(&request, config),
             nfe: request.passes_used,
-            request,
-            pages,
+            pages: Vec::new(),
             paused: false,
             last_step: 0,
-            state: State::Prefill { next: 0 },
+            state: State::Queued,
             arrival,
             tokens,
-            kept_reach: if autoregressive { Reach::Causal } else { config.kept_reach },
+            kept_reach,
             open_reach: config.open_reach,
             block_size,
-            eos_ids: if request_is_raw { Vec::new() } else { config.eos_ids.clone() },
+            eos_ids: if request.raw { Vec::new() } else { config.eos_ids.clone() },
             mask_id: config.mask_id.unwrap_or(0),
             passes: 0,
-        };
-        if !autoregressive && active.block_start() == 0 {
-            active.state = State::Denoise { block: active.open_block(), store: None };
+            request,
+            #[cfg(test)]
+            panics: false,
         }
-        active
     }
 
-    fn autoregressive(&self) -> bool {
+    /// Its place in the order.
+    pub(super) fn rank(&self) -> Rank {
+        (Reverse(self.request.priority), self.request.deadline.unwrap_or(u64::MAX), self.arrival)
+    }
+
+    /// Whether the next step may carry rows of it.
+    pub(super) fn can_run(&self) -> bool {
+        !self.paused && self.has_pages()
+    }
+
+    pub(super) fn autoregressive(&self) -> bool {
         self.request.settings.policy == Policy::Autoregressive
     }
 
     /// First position of the block that holds the next undecided position.
-    fn block_start(&self) -> u32 {
+    pub(super) fn block_start(&self) -> u32 {
         let len = self.tokens.len() as u32;
         len - len % self.block_size
     }
 
-    fn open_block(&self) -> OpenBlock {
+    pub(super) fn open_block(&self) -> OpenBlock {
         let start = self.block_start();
         let len = self.block_size.min(self.canvas_end - start);
         OpenBlock::new(start, len as usize, &self.tokens[start as usize..])
     }
 
+    /// Rows before this have their final keys and values in the pages.
+    pub(super) fn kept(&self) -> u32 {
+        match &self.state {
+            State::Queued => 0,
+            State::Prefill { next } | State::Decode { next } => *next,
+            State::Denoise { block, store } => store.unwrap_or(block.start),
+            State::Finished { kept } => *kept,
+        }
+    }
+
     /// Rows not yet done.
     pub(super) fn outstanding(&self) -> u64 {
-        let done = match &self.state {
-            State::Prefill { next } | State::Decode { next } => *next,
-            State::Denoise { block, .. } => block.start,
-        };
-        u64::from(self.canvas_end.saturating_sub(done))
+        u64::from(self.canvas_end.saturating_sub(self.kept()))
     }
 
     /// What the next step could do for this request.
-    pub(super) fn need(&self) -> Need {
+    pub(super) fn need(&self, step: u64) -> Need {
         let granule = if self.kept_reach == Reach::Causal { 1 } else { self.block_size };
         let base = Need {
             priority: self.request.priority,
-            last_step: self.last_step,
+            deadline: self.request.deadline.unwrap_or(u64::MAX),
             arrival: self.arrival,
+            waited: step.saturating_sub(self.last_step + 1),
             kept: 0,
             granule,
             open: 0,
@@ -130,6 +179,7 @@ impl Active {
                 Need { kept: store.map_or(0, |from| block.start - from), open: block.len() as u32, ..base }
             }
             State::Decode { next } => Need { kept: len - next, ..base },
+            State::Queued | State::Finished { .. } => base,
         }
     }
 
@@ -143,10 +193,7 @@ impl Active {
                 State::Denoise { block: self.open_block(), store: Some(next) }
             };
         }
-        let from = match &self.state {
-            State::Prefill { next } | State::Decode { next } => *next,
-            State::Denoise { block, store } => store.unwrap_or(block.start),
-        };
+        let from = self.kept();
         for position in from..from + grant.kept {
             let end = row_end(self.kept_reach, position, self.block_size, self.canvas_end);
             batch.ids.push(self.tokens[position as usize]);
@@ -193,9 +240,11 @@ impl Active {
         &mut self,
         grant: Grant,
         candidates: &[Candidate],
-        changes: &mut Vec<Change>,
+        deciding: &mut Deciding,
         events: &mut Vec<Event>,
     ) -> Option<Reason> {
+        #[cfg(test)]
+        assert!(!self.panics || matches!(self.state, State::Prefill { .. }), "as a test wants it");
         match &mut self.state {
             State::Prefill { next } => {
                 *next += grant.kept;
@@ -206,8 +255,9 @@ impl Active {
                 return self.advance_decode(candidates, events);
             }
             State::Denoise { store, .. } => *store = None,
+            State::Queued | State::Finished { .. } => return None,
         }
-        self.advance_denoise(candidates, changes, events)
+        self.advance_denoise(candidates, deciding, events)
     }
 
     fn advance_decode(&mut self, candidates: &[Candidate], events: &mut Vec<Event>) -> Option<Reason> {
@@ -233,22 +283,25 @@ impl Active {
     fn advance_denoise(
         &mut self,
         candidates: &[Candidate],
-        changes: &mut Vec<Change>,
+        deciding: &mut Deciding,
         events: &mut Vec<Event>,
     ) -> Option<Reason> {
         let settings = &self.request.settings;
         let State::Denoise { block, .. } = &mut self.state else { return None };
+        let Deciding { spread, immutable, random, changes } = deciding;
+        let len = block.len();
         let mut proposals = candidates.iter();
-        let spread: Vec<Candidate> = (0..block.len())
-            .map(|i| if block.can_change(i, &settings.policy) { proposals.next().copied() } else { None })
-            .map(Option::unwrap_or_default)
-            .collect();
-        let immutable: Vec<bool> = (0..block.len()).map(|i| i < block.prompt_len).collect();
-        let random: Vec<u32> = (0..block.len() as u32)
-            .map(|i| key(settings.sampling.seed, Purpose::Order, block.start + i, 0)[0])
-            .collect();
-        decide(&settings.policy, &block.view(&immutable, &spread, &random, self.block_size), changes);
-        let progress = block.apply(&settings.policy, changes, &spread, self.passes as i32);
+        spread.clear();
+        spread.extend((0..len).map(|i| {
+            let proposal = if block.can_change(i, &settings.policy) { proposals.next().copied() } else { None };
+            proposal.unwrap_or_default()
+        }));
+        immutable.clear();
+        immutable.extend((0..len).map(|i| i < block.prompt_len));
+        random.clear();
+        random.extend((block.start..).take(len).map(|at| key(settings.sampling.seed, Purpose::Order, at, 0)[0]));
+        decide(&settings.policy, &block.view(immutable, spread, random, self.block_size), changes);
+        let progress = block.apply(&settings.policy, changes, spread, self.passes as i32);
         self.passes += 1;
         self.nfe += 1;
         match progress {
@@ -287,9 +340,8 @@ impl Active {
 
     /// Commits the open block and opens the next one.
     fn finish_block(&mut self, changed: bool, events: &mut Vec<Event>) -> Option<Reason> {
-        let State::Denoise { block, .. } = std::mem::replace(&mut self.state, State::Prefill { next: 0 }) else {
-            return None;
-        };
+        let over = State::Finished { kept: self.block_start() };
+        let State::Denoise { block, .. } = std::mem::replace(&mut self.state, over) else { return None };
         let (start, steps) = (block.start, block.step);
         // Masks can be left only behind a stop token, where nothing is read.
         let first_mask = block.masked.iter().position(|&m| m).unwrap_or(block.len());
