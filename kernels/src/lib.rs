@@ -10,6 +10,7 @@
 //! - [`dense`]: products of two plain matrices, for the trainer
 //! - [`kv`], [`rope`], [`attention`]: key/value pages and what reads them
 //! - [`norm`], [`embed`], [`vocab`]: the rest of a step
+//! - [`comm`]: sums and messages between the ranks of a group
 //! - [`roof`]: the most that a machine can do
 //! - [`file`]: mapped checkpoints
 
@@ -19,6 +20,7 @@
 mod lanes;
 
 pub mod attention;
+pub mod comm;
 pub mod dense;
 pub mod embed;
 mod exp;
