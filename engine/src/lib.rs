@@ -13,10 +13,12 @@
 //! - [`step`]: the engine, and the hot loop
 //! - [`model`]: configuration, weights, forward pass
 //! - [`profile`]: step time by rows and context
+//! - [`group`]: one model over several ranks
 //! - [`raw`]: token-level access for comparison with other implementations
 
 pub mod block;
 pub mod draw;
+pub mod group;
 pub mod model;
 pub mod pages;
 pub mod plan;

@@ -1,12 +1,12 @@
 //! The decoder of Llama-, Qwen2- and Qwen3-like models: RMSNorm, rotary attention, SwiGLU (Touvron et al. 2023).
 
+use super::link::{Alone, Link, Operation};
 use super::loader::{Embedding, Layer, Loader, Share, Source};
 use super::weights::Weights;
 use super::{LoadError, ModelConfig, Overrides, TensorInfo};
 use crate::request::BLOCK_SIZE_MAX;
 use safetensors::tensor::TensorView;
 use sha2::Digest;
-use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
 use unmask_kernels::{
@@ -195,6 +195,24 @@ impl Model {
     /// The tensors of the files.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
+    }
+
+    /// Ids that must not win: padding rows, the mask, infill sentinels. Our own models were trained with the mask's
+    /// logit left out of the softmax; other families count it in their confidences.
+    pub fn bans(&self) -> Bans {
+        let config = &self.config;
+        let mut argmax: Vec<u32> = config.mask_id.into_iter().collect();
+        if let Some(infill) = &config.infill {
+            argmax.extend([infill.prefix, infill.suffix, infill.middle]);
+        }
+        argmax.sort_unstable();
+        let softmax = if config.family.excludes_mask() { config.mask_id.into_iter().collect() } else { Vec::new() };
+        Bans { vocab: config.tokenizer_size as usize, argmax, softmax }
+    }
+
+    /// Ids whose head rows a rank of the model's group holds.
+    pub fn vocab_share(&self, rank: usize) -> std::ops::Range<usize> {
+        VocabShard { rank, ..self.vocab }.ids()
     }
 
     /// A cache of `pages` pages for the rank's heads.
@@ -386,73 +404,6 @@ impl Model {
 
     fn output_rows<'a>(&self, scratch: &'a Scratch) -> &'a [f32] {
         &scratch.normed[..scratch.outputs * self.config.hidden as usize]
-    }
-}
-
-/// A kind of operation of a pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Operation {
-    /// Gathering rows of the embedding.
-    Embed,
-    /// Any RMS norm.
-    Norm,
-    /// Product to queries, keys and values.
-    Qkv,
-    /// Norms of heads, rotation, append to the cache.
-    RopeAppend,
-    /// Attention over the cache.
-    Attention,
-    /// Product of attention's output, with the residual.
-    Out,
-    /// Product to gates and ups, with the activation.
-    GateUp,
-    /// Product back to the stream, with the residual.
-    Down,
-    /// Product with the head, and the reduction of its logits.
-    Head,
-    /// Sums over the ranks of a group.
-    AllReduce,
-}
-
-impl Operation {
-    /// Lower-case name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Operation::Embed => "embed",
-            Operation::Norm => "norm",
-            Operation::Qkv => "qkv",
-            Operation::RopeAppend => "rope_append",
-            Operation::Attention => "attention",
-            Operation::Out => "out",
-            Operation::GateUp => "gate_up",
-            Operation::Down => "down",
-            Operation::Head => "head",
-            Operation::AllReduce => "all_reduce",
-        }
-    }
-}
-
-/// What ties the passes of the ranks of a group together; also sees every operation end.
-pub trait Link {
-    /// Why another rank did not answer.
-    type Error;
-    /// Every rank ends with the sum of all ranks' values.
-    ///
-    /// # Errors
-    /// Another rank failed.
-    fn all_reduce(&mut self, values: &mut [f32]) -> Result<(), Self::Error>;
-    /// An operation has ended.
-    fn after(&mut self, _operation: Operation) {}
-}
-
-/// The link of a whole model: there is nobody else.
-pub struct Alone;
-
-impl Link for Alone {
-    type Error = Infallible;
-
-    fn all_reduce(&mut self, _: &mut [f32]) -> Result<(), Infallible> {
-        Ok(())
     }
 }
 

@@ -1,12 +1,13 @@
 //! Models as mathematics: configuration, weights, forward pass.
 //!
 //! Reading order: [`family`] (one row of facts per architecture), [`config`] (every value with its origin; `tokens`
-//! for the ids), [`weights`] (safetensors), `loader` (tensors to packed panels), [`decoder`] (the forward pass).
+//! for the ids), [`weights`] (safetensors), `loader` (tensors to packed panels), [`decoder`] (the forward pass, watched and joined through `link`).
 
 pub mod config;
 pub mod decoder;
 pub mod family;
 mod json;
+mod link;
 mod loader;
 mod tokens;
 pub mod weights;
@@ -15,8 +16,9 @@ pub mod weights;
 mod tests;
 
 pub use config::{DecodeDefaults, Entry, Infill, ModelConfig, Overrides};
-pub use decoder::{Alone, Link, LoadOptions, Model, Operation, Scratch};
+pub use decoder::{LoadOptions, Model, Scratch};
 pub use family::Family;
+pub use link::{Alone, Link, Operation};
 pub use loader::Share;
 pub use weights::TensorInfo;
 

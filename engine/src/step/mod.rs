@@ -7,7 +7,9 @@ mod holding;
 mod life;
 mod schedule;
 
-use crate::model::{Model, ModelConfig, Scratch};
+use crate::group::wire::Pass;
+use crate::group::{Pace, Rank};
+use crate::model::Model;
 use crate::pages::Pages;
 use crate::plan::{Grant, Plan};
 use crate::policy::Candidate;
@@ -17,7 +19,8 @@ use life::{Deciding, Life};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use unmask_kernels::{Bans, Draw, KvCache, Record, Row, RowTable};
+use unmask_kernels::comm::{Comm, CommError};
+use unmask_kernels::{Draw, Record, Row};
 
 /// Named limits of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,10 +77,10 @@ pub struct StepReport {
 
 /// Runs many requests over one model.
 pub struct Engine {
-    model: Arc<Model>,
+    rank: Rank,
+    /// Why the group is over, if it is.
+    failure: Option<CommError>,
     limits: Limits,
-    bans: Bans,
-    kv: KvCache,
     pages: Pages,
     /// Requests that wait, those sent back among them: at most `queue_max + active_max`.
     queue: Vec<Life>,
@@ -89,7 +92,6 @@ pub struct Engine {
     arrivals: u64,
     /// Requests sent back to the queue so far.
     preemptions: u64,
-    scratch: Scratch,
     plan: Plan,
     batch: Batch,
 }
@@ -107,6 +109,8 @@ struct Batch {
     jobs: Vec<Job>,
     candidates: Vec<Candidate>,
     deciding: Deciding,
+    /// Outputs whose logits are needed, as indices.
+    wanted: Vec<u32>,
     logits: Vec<f32>,
     ranked: Vec<(f32, u32)>,
 }
@@ -126,6 +130,7 @@ impl Batch {
         self.rows.clear();
         self.outputs.clear();
         self.draws.clear();
+        self.wanted.clear();
         self.runnable.clear();
         self.jobs.clear();
     }
@@ -134,30 +139,53 @@ impl Batch {
 impl Engine {
     /// An engine without requests. Takes the memory of its key/value pages at once.
     pub fn new(model: Arc<Model>, limits: Limits) -> Self {
-        let bans = bans(model.config());
-        let kv = model.new_kv(limits.pages);
-        let scratch = model.new_scratch(limits.rows_max as usize);
-        let pages = Pages::new(limits.pages, limits.cached_pages);
+        Self::of(Rank::whole(model, limits.pages, limits.rows_max as usize), limits)
+    }
+
+    /// The engine of rank 0 of a group, whose other ranks [`crate::group::follow`].
+    ///
+    /// # Errors
+    /// Another rank does not answer.
+    pub fn leading(model: Arc<Model>, limits: Limits, comm: Comm, pace: Pace) -> Result<Self, CommError> {
+        Ok(Self::of(Rank::leading(model, limits.pages, limits.rows_max as usize, comm, pace)?, limits))
+    }
+
+    fn of(rank: Rank, limits: Limits) -> Self {
         Self {
-            model,
+            rank,
+            failure: None,
             limits,
-            bans,
-            kv,
-            pages,
+            pages: Pages::new(limits.pages, limits.cached_pages),
             queue: Vec::new(),
             active: Vec::new(),
             step: 1,
             arrivals: 0,
             preemptions: 0,
-            scratch,
             plan: Plan::default(),
             batch: Batch::default(),
         }
     }
 
+    /// Ranks that hold the model.
+    pub fn ranks(&self) -> usize {
+        self.rank.ranks()
+    }
+
+    /// Why the group of this engine is over: nothing is computed any more, what was committed stands.
+    pub fn failure(&self) -> Option<&CommError> {
+        self.failure.as_ref()
+    }
+
+    /// Asks the other ranks of an idle group for a sign of life; [`Engine::failure`] tells when one is missing.
+    pub fn canary(&mut self) {
+        if self.failure.is_none() {
+            self.failure = self.rank.canary().err();
+        }
+    }
+
     /// The model.
     pub fn model(&self) -> &Arc<Model> {
-        &self.model
+        self.rank.model()
     }
 
     /// Queues a request.
@@ -168,11 +196,11 @@ impl Engine {
         if self.lives().any(|life| life.request.id == request.id) {
             return Err(Refusal::Duplicate(request.id));
         }
-        admission::check(&request, self.model.config(), &self.limits)?;
+        admission::check(&request, self.model().config(), &self.limits)?;
         if self.queue.len() >= self.limits.queue_max {
             return Err(Refusal::QueueFull { queued: self.queue.len(), limit: self.limits.queue_max });
         }
-        self.queue.push(Life::new(request, self.arrivals, &self.model));
+        self.queue.push(Life::new(request, self.arrivals, self.rank.model()));
         self.arrivals += 1;
         Ok(())
     }
@@ -206,7 +234,7 @@ impl Engine {
 
     /// Whether a step would carry rows.
     pub fn has_work(&self) -> bool {
-        self.lives().any(|life| !life.paused)
+        self.failure.is_none() && self.lives().any(|life| !life.paused)
     }
 
     /// How much work the engine holds.
@@ -224,13 +252,19 @@ impl Engine {
 
     /// One forward pass over rows of the scheduled requests; appends what it caused to `events`.
     pub fn step(&mut self, events: &mut Vec<Event>) -> StepReport {
+        if self.failure.is_some() {
+            return StepReport::default();
+        }
         self.admit();
         self.grow();
         let report = self.plan();
         if report.rows == 0 {
             return report;
         }
-        self.forward();
+        if let Err(error) = self.forward() {
+            self.failure = Some(error);
+            return report;
+        }
         self.decode(events);
         self.step += 1;
         report
@@ -273,16 +307,16 @@ impl Engine {
     }
 
     /// Runs the model over the batch and reduces the logits of its output rows to records.
-    fn forward(&mut self) {
+    fn forward(&mut self) -> Result<(), CommError> {
         let batch = &mut self.batch;
-        let tables: Vec<&[u32]> = batch.jobs.iter().map(|job| self.active[job.active].pages.as_slice()).collect();
-        let table = RowTable { rows: &batch.rows, tables: &tables };
-        self.model.forward(&batch.ids, &table, &batch.outputs, &mut self.kv, &mut self.scratch);
+        let jobs = batch.jobs.iter().map(|job| (&self.active[job.active], job));
+        let tables: Vec<&[u32]> = jobs.clone().map(|(life, _)| life.pages.as_slice()).collect();
+        let drawing = jobs.filter(|(life, _)| life.request.settings.sampling.filters());
+        batch.wanted.extend(drawing.flat_map(|(_, job)| job.outputs.clone()).map(|output| output as u32));
         batch.records.clear();
         batch.records.resize(batch.outputs.len(), Record::default());
-        if !batch.outputs.is_empty() {
-            self.model.reduce(&self.scratch, &self.bans, &batch.draws, &mut batch.records);
-        }
+        let Batch { ids, rows, outputs, draws, wanted, records, .. } = batch;
+        self.rank.lead(&Pass { ids, rows, tables: &tables, outputs, draws, wanted }, records)
     }
 
     /// Lets each request's policy decide over its records; commits what is final; ends what is over. What goes wrong
@@ -316,8 +350,8 @@ impl Engine {
             let record = &mut batch.records[output];
             if sampling.filters() {
                 let key = batch.draws[output].key;
-                self.model.row_logits(&self.scratch, output, &mut batch.logits);
-                sample::refine(record, &batch.logits, &self.bans, &sampling, key, &mut batch.ranked);
+                self.rank.row_logits(output, &mut batch.logits);
+                sample::refine(record, &batch.logits, self.rank.bans(), &sampling, key, &mut batch.ranked);
             }
             batch.candidates.push(sample::candidate(record));
         }
@@ -331,16 +365,12 @@ impl Engine {
     }
 }
 
-/// Ids that must not win: padding rows, the mask, infill sentinels. Our own models were trained with the
-/// mask's logit left out of the softmax; other families count it in their confidences.
-fn bans(config: &ModelConfig) -> Bans {
-    let mut argmax: Vec<u32> = config.mask_id.into_iter().collect();
-    if let Some(infill) = &config.infill {
-        argmax.extend([infill.prefix, infill.suffix, infill.middle]);
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if self.failure.is_none() {
+            self.rank.stop();
+        }
     }
-    argmax.sort_unstable();
-    let softmax = if config.family.excludes_mask() { config.mask_id.into_iter().collect() } else { Vec::new() };
-    Bans { vocab: config.tokenizer_size as usize, argmax, softmax }
 }
 
 #[cfg(test)]
