@@ -42,6 +42,11 @@ pub enum Command {
     #[command(after_help = "Example:
   unmask worker --listen 127.0.0.1:7702 --controller 127.0.0.1:7701 --model models/python-tasks-3m")]
     Worker(WorkerArgs),
+    /// Run one rank of a worker's model, in a process of its own
+    #[command(after_help = "Example, two ranks of one model:
+  unmask worker --controller 127.0.0.1:7701 --rank-addresses 127.0.0.1:7710,127.0.0.1:7711
+  unmask rank --rank 1 --addresses 127.0.0.1:7710,127.0.0.1:7711")]
+    Rank(crate::service::RankArgs),
     /// Show a model's configuration, every value with its origin
     #[command(after_help = "Example:\n  unmask inspect models/python-tasks-3m")]
     Inspect(InspectArgs),
@@ -248,6 +253,12 @@ pub struct WorkerArgs {
     /// Type of the weights
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,
+    /// Ranks that share the model, as threads of this worker: 1, 2, 4 or 8
+    #[arg(long, value_name = "RANKS")]
+    pub tensor_parallel: Option<usize>,
+    /// host:port of every rank, where ranks are processes: this worker's first, the others run `unmask rank`
+    #[arg(long, value_delimiter = ',', value_name = "ADDRESSES")]
+    pub rank_addresses: Option<Vec<String>>,
 }
 
 /// `unmask inspect`

@@ -60,6 +60,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Gateway(args) => service::gateway(args),
         Command::Controller(args) => service::controller(args),
         Command::Worker(args) => service::worker(args),
+        Command::Rank(args) => service::rank(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Logits(args) => raw::logits(&args),
         Command::Decode(args) => raw::decode(&args),

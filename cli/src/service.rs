@@ -1,8 +1,9 @@
 //! `unmask gateway`, `controller`, `worker`: one service each, from a file and flags.
 
-use crate::args::{ControllerArgs, GatewayArgs, WorkerArgs};
+use crate::args::{ControllerArgs, Dtype, GatewayArgs, WorkerArgs};
 use crate::{models, output};
-use anyhow::Context;
+use anyhow::{Context, ensure};
+use clap::Args;
 use serde::de::DeserializeOwned;
 use std::future::Future;
 use std::path::Path;
@@ -10,6 +11,8 @@ use std::process::ExitCode;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use unmask_engine::LoadOptions;
+use unmask_worker::group::{RankConfig, run_rank};
 
 /// Runs a gateway until it is told to stop.
 ///
@@ -45,9 +48,49 @@ pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     } else if raw.model.is_none() {
         raw.model = Some(models::find(None)?);
     }
+    raw.tensor_parallel = args.tensor_parallel.or(raw.tensor_parallel);
+    raw.rank_addresses = args.rank_addresses.or(raw.rank_addresses);
     let mut config = unmask_worker::Config::try_from(raw)?;
     config.load.dtype = args.dtype.weights();
     serve(&args.listen, "worker", |listener, stop| unmask_worker::run(config, listener, stop.cancelled_owned()))
+}
+
+/// `unmask rank`
+#[derive(Debug, Args)]
+pub struct RankArgs {
+    /// Folder or name of the model; the worker's
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Which rank this is, from 1
+    #[arg(long)]
+    pub rank: usize,
+    /// host:port of every rank, the worker's first
+    #[arg(long, value_delimiter = ',', required = true)]
+    pub addresses: Vec<String>,
+    /// Incarnation of the group
+    #[arg(long, default_value_t = 1)]
+    pub epoch: u64,
+    /// Type of the weights; the worker's
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: Dtype,
+    /// Threads; 0 for all cores
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+}
+
+/// Runs a rank until its group ends.
+///
+/// # Errors
+/// The model does not load, the group does not form, or another rank is lost.
+pub fn rank(args: &RankArgs) -> anyhow::Result<ExitCode> {
+    let ranks = args.addresses.len();
+    ensure!([2, 4, 8].contains(&ranks), "--addresses: must be 2, 4 or 8, are {ranks}");
+    ensure!((1..ranks).contains(&args.rank), "--rank: must be 1 to {}, is {}", ranks - 1, args.rank);
+    let load = LoadOptions { dtype: args.dtype.weights(), threads: args.threads, ..LoadOptions::default() };
+    let model = models::find(args.model.as_deref())?;
+    let addresses = args.addresses.clone();
+    run_rank(RankConfig { model, load, addresses, rank: args.rank, epoch: args.epoch })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn read<T: DeserializeOwned + Default>(path: Option<&Path>) -> anyhow::Result<T> {

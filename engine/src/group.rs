@@ -8,17 +8,35 @@ pub mod wire;
 
 use crate::model::{Link, Model, Operation, Scratch};
 use std::sync::Arc;
-use std::time::Instant;
-use unmask_kernels::comm::{Comm, CommError};
-use unmask_kernels::{Bans, KvCache, PARTIAL_BYTES, Partial, Record, RowTable, merge_pairwise};
+use std::time::{Duration, Instant};
+pub use unmask_kernels::comm::{Comm, CommError, TcpRank, threads};
+use unmask_kernels::{Bans, Draw, KvCache, PAGE_SLOTS, PARTIAL_BYTES, Partial, Record, Row, RowTable, merge_pairwise};
 use wire::{Message, Pass, Start, encode, encode_pass};
 
-/// The caller's clock: until when others must have answered.
+/// How long others may take, by the caller's clock.
+#[derive(Debug, Clone, Copy)]
 pub struct Pace {
-    /// The end of a step of so many rows that begins now.
-    pub step: Box<dyn Fn(u32) -> Instant + Send>,
-    /// Until when a follower waits for word from rank 0, from now.
-    pub idle: Box<dyn Fn() -> Instant + Send>,
+    /// The clock.
+    pub now: fn() -> Instant,
+    /// Of a step; rank 0's holds for all ranks.
+    pub step: StepLimit,
+    /// Longest silence of rank 0 that a follower accepts, beyond the step it has announced.
+    pub idle: Duration,
+}
+
+/// Longest time of a step, as a function of its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepLimit {
+    /// Of any step.
+    pub base: Duration,
+    /// More for each row.
+    pub per_row: Duration,
+}
+
+impl StepLimit {
+    fn of(&self, rows: usize) -> Duration {
+        self.base + self.per_row * rows as u32
+    }
 }
 
 /// One rank: its share of the model, its part of the cache, its end of the collectives.
@@ -27,6 +45,8 @@ pub struct Rank {
     bans: Bans,
     kv: KvCache,
     scratch: Scratch,
+    /// First of the pages behind those of requests, for [`Rank::probe`].
+    probe_page: u32,
     /// Of a group; a whole model has nobody to talk to.
     group: Option<Group>,
 }
@@ -52,8 +72,8 @@ impl Rank {
     }
 
     fn new(model: Arc<Model>, pages: usize, rows_max: usize, group: Option<Group>) -> Self {
-        let (kv, scratch) = (model.new_kv(pages), model.new_scratch(rows_max));
-        Rank { bans: model.bans(), kv, scratch, group, model }
+        let (kv, scratch) = (model.new_kv(pages + probe_pages(rows_max)), model.new_scratch(rows_max));
+        Rank { bans: model.bans(), kv, scratch, probe_page: pages as u32, group, model }
     }
 
     /// Rank 0 of a group, which has told the others how large they must be.
@@ -67,7 +87,7 @@ impl Rank {
         let mut group = Group::new(comm, pace);
         let start = Start { pages, rows_max, numerics_id: model.numerics_id().to_owned() };
         encode(&Message::Start(start), &mut group.message);
-        let deadline = (group.pace.idle)();
+        let deadline = group.deadline(group.pace.idle);
         group.comm.broadcast(&mut group.message, deadline)?;
         Ok(Self::new(model, pages, rows_max, Some(group)))
     }
@@ -92,15 +112,16 @@ impl Rank {
             self.model.reduce(&self.scratch, &self.bans, pass.draws, records);
             return Ok(());
         };
-        encode_pass(pass, &mut group.message);
-        let deadline = (group.pace.step)(pass.ids.len() as u32);
+        let limit = group.pace.step.of(pass.ids.len());
+        encode_pass(pass, limit, &mut group.message);
+        let deadline = group.deadline(limit);
         group.comm.broadcast(&mut group.message, deadline)?;
         self.compute(pass, records, deadline)
     }
 
     /// This rank's share of a pass; every rank ends with all records.
     fn compute(&mut self, pass: &Pass<'_>, records: &mut [Record], deadline: Instant) -> Result<(), CommError> {
-        let Self { model, bans, kv, scratch, group: Some(group) } = self else { return Ok(()) };
+        let Self { model, bans, kv, scratch, group: Some(group), .. } = self else { return Ok(()) };
         let rows = RowTable { rows: pass.rows, tables: pass.tables };
         model.pass(pass.ids, &rows, pass.outputs, kv, scratch, &mut Sums { comm: &mut group.comm, deadline })?;
         let (count, ranks) = (pass.outputs.len(), group.comm.ranks());
@@ -133,20 +154,28 @@ impl Rank {
         }
     }
 
-    /// Asks every rank for a sign of life; nothing to ask of a whole model.
-    pub(crate) fn canary(&mut self) -> Result<(), CommError> {
-        let Some(group) = &mut self.group else { return Ok(()) };
-        encode(&Message::Canary, &mut group.message);
-        let deadline = (group.pace.step)(0);
-        group.comm.broadcast(&mut group.message, deadline)?;
-        group.sign_of_life(deadline)
+    /// Computes a pass of `rows` rows that belong to nobody: a sign of life of every rank, and a measure of its pace.
+    pub(crate) fn probe(&mut self, rows: usize) -> Result<(), CommError> {
+        let table: Vec<u32> = (0..probe_pages(rows) as u32).map(|page| self.probe_page + page).collect();
+        let positions = 0..rows as u32;
+        let outputs: Vec<u32> = positions.clone().collect();
+        let at: Vec<Row> = positions.map(|position| Row { sequence: 0, position, end: position + 1 }).collect();
+        let (ids, draws) = (vec![0; rows], vec![Draw::default(); rows]);
+        let pass = Pass { ids: &ids, rows: &at, tables: &[&table], outputs: &outputs, draws: &draws, wanted: &[] };
+        self.lead(&pass, &mut vec![Record::default(); rows])
+    }
+
+    pub(crate) fn set_step_limit(&mut self, limit: StepLimit) {
+        if let Some(group) = &mut self.group {
+            group.pace.step = limit;
+        }
     }
 
     /// Tells the others that the group has ended in order.
     pub(crate) fn stop(&mut self) {
         if let Some(group) = &mut self.group {
             encode(&Message::Stop, &mut group.message);
-            let deadline = (group.pace.step)(0);
+            let deadline = group.deadline(group.pace.step.of(0));
             // Whoever does not hear it finds the connection closed.
             let _ = group.comm.broadcast(&mut group.message, deadline);
         }
@@ -190,9 +219,14 @@ impl Group {
         Ok(())
     }
 
-    fn sign_of_life(&mut self, deadline: Instant) -> Result<(), CommError> {
-        self.comm.all_reduce(&mut [1.0], deadline)
+    fn deadline(&self, limit: Duration) -> Instant {
+        (self.pace.now)() + limit
     }
+}
+
+/// Pages of the cache behind those of requests: room for one sequence of so many rows.
+fn probe_pages(rows_max: usize) -> usize {
+    rows_max.div_ceil(PAGE_SLOTS)
 }
 
 /// The sums of one pass.
@@ -236,12 +270,12 @@ pub enum FollowError {
 /// [`FollowError`]; the other ranks find out when they next wait for this one.
 pub fn follow(model: Arc<Model>, comm: Comm, pace: Pace) -> Result<(), FollowError> {
     let mut group = Group::new(comm, pace);
-    let deadline = (group.pace.idle)();
+    let deadline = group.deadline(group.pace.idle);
     group.comm.broadcast(&mut group.message, deadline)?;
     let start = match wire::decode(&group.message, usize::MAX)? {
         Message::Start(start) => start,
         Message::Stop => return Ok(()),
-        Message::Canary | Message::Pass(_) => return Err(wire::WireError::Order.into()),
+        Message::Pass(_) => return Err(wire::WireError::Order.into()),
     };
     if start.numerics_id != model.numerics_id() {
         return Err(FollowError::Numerics { mine: model.numerics_id().into(), theirs: start.numerics_id });
@@ -249,18 +283,14 @@ pub fn follow(model: Arc<Model>, comm: Comm, pace: Pace) -> Result<(), FollowErr
     let mut rank = Rank::new(model, start.pages, start.rows_max, Some(group));
     let mut records = Vec::new();
     while let Some(group) = &mut rank.group {
-        let deadline = (group.pace.idle)();
+        let deadline = group.deadline(group.pace.idle);
         group.comm.broadcast(&mut group.message, deadline)?;
         match wire::decode(&group.message, start.rows_max)? {
             Message::Stop => break,
             Message::Start(_) => return Err(wire::WireError::Order.into()),
-            Message::Canary => {
-                let deadline = (group.pace.step)(0);
-                group.sign_of_life(deadline)?;
-            }
             Message::Pass(pass) => {
-                let deadline = (group.pace.step)(pass.ids.len() as u32);
-                pass.check(start.pages, rank.model.config().vocab_rows)?;
+                let deadline = group.deadline(pass.limit);
+                pass.check(start.pages + probe_pages(start.rows_max), rank.model.config().vocab_rows)?;
                 let tables: Vec<&[u32]> = pass.tables.iter().map(Vec::as_slice).collect();
                 records.resize(pass.outputs.len(), Record::default());
                 rank.compute(&pass.borrow(&tables), &mut records, deadline)?;

@@ -49,6 +49,28 @@ pub struct RawConfig {
     pub stall_limit_ms: Option<u64>,
     /// Folder to keep measured step times in; default: unmask/profiles under the user's cache folder.
     pub profile_dir: Option<PathBuf>,
+    /// Ranks that share the model as threads of this worker: 1, 2, 4 or 8.
+    pub tensor_parallel: Option<usize>,
+    /// host:port of every rank that shares the model as a process of its own; this worker's comes first.
+    pub rank_addresses: Option<Vec<String>>,
+    /// Incarnation of the group of processes; default 1.
+    pub epoch: Option<u64>,
+}
+
+/// The ranks that share a worker's model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ranks {
+    /// This worker alone.
+    One,
+    /// So many threads of it.
+    Threads(usize),
+    /// Processes.
+    Processes {
+        /// host:port of every rank, this worker's first.
+        addresses: Vec<String>,
+        /// Incarnation of the group.
+        epoch: u64,
+    },
 }
 
 /// Validated settings.
@@ -81,6 +103,8 @@ pub struct Config {
     pub stall_limit: Duration,
     /// Folder to keep measured step times in; `None` measures none.
     pub profile_dir: Option<PathBuf>,
+    /// The ranks that share the model.
+    pub ranks: Ranks,
 }
 
 /// Everything wrong with a configuration.
@@ -106,6 +130,7 @@ impl Config {
             preempt_limit: PREEMPT_LIMIT,
             stall_limit: STALL_LIMIT,
             profile_dir: None,
+            ranks: Ranks::One,
         }
     }
 
@@ -164,7 +189,29 @@ impl TryFrom<RawConfig> for Config {
         }
         config.profile_dir = raw.profile_dir.or_else(default_profile_dir);
         (config.drain_limit, config.preempt_limit, config.stall_limit) = (drain, preempt, stall);
+        match ranks(raw.tensor_parallel, raw.rank_addresses, raw.epoch) {
+            Ok(ranks) => config.ranks = ranks,
+            Err(error) => errors.push(error),
+        }
         if errors.is_empty() { Ok(config) } else { Err(ConfigError(errors)) }
+    }
+}
+
+/// Checks how the model is shared.
+fn ranks(threads: Option<usize>, addresses: Option<Vec<String>>, epoch: Option<u64>) -> Result<Ranks, String> {
+    let known = |count: usize| [1, 2, 4, 8].contains(&count);
+    match (threads, addresses) {
+        (Some(_), Some(_)) => Err("tensor_parallel: cannot be given with rank_addresses".into()),
+        (Some(count), None) if !known(count) => Err(format!("tensor_parallel: must be 1, 2, 4 or 8, is {count}")),
+        (Some(1) | None, None) => Ok(Ranks::One),
+        (Some(count), None) => Ok(Ranks::Threads(count)),
+        (None, Some(addresses)) if !known(addresses.len()) => {
+            Err(format!("rank_addresses: must be 1, 2, 4 or 8, are {}", addresses.len()))
+        }
+        (None, Some(addresses)) => match addresses.iter().find(|address| !is_host_port(address)) {
+            Some(bad) => Err(format!("rank_addresses: must be host:port, one is `{bad}`")),
+            None => Ok(Ranks::Processes { addresses, epoch: epoch.unwrap_or(1) }),
+        },
     }
 }
 
@@ -186,11 +233,14 @@ mod tests {
 
     #[test]
     fn all_errors_come_at_once_with_their_keys() {
-        let raw: RawConfig =
-            serde_json::from_str(r#"{"controller": "here", "threads": 0, "rows_max": 1, "kv_bytes": 0}"#).unwrap();
+        let raw: RawConfig = serde_json::from_str(
+            r#"{"controller": "here", "threads": 0, "rows_max": 1, "kv_bytes": 0,
+            "tensor_parallel": 3}"#,
+        )
+        .unwrap();
         let ConfigError(errors) = Config::try_from(raw).unwrap_err();
         let keys: Vec<_> = errors.iter().filter_map(|error| error.split(':').next()).collect();
-        assert_eq!(keys, ["model", "controller", "threads", "rows_max", "kv_bytes"]);
+        assert_eq!(keys, ["model", "controller", "threads", "rows_max", "kv_bytes", "tensor_parallel"]);
         assert!(serde_json::from_str::<RawConfig>(r#"{"modle": "x"}"#).unwrap_err().to_string().contains("modle"));
     }
 

@@ -7,6 +7,7 @@
 //! - [`config`]: raw and validated settings
 //! - `service`: gRPC; checks epoch, model, deadline
 //! - `runner`: the thread that owns the engine
+//! - [`group`]: ranks that share a model, and how long they may take
 //! - `delivery`: one request's way back to its reader
 //! - `mapping`: messages to engine types and back
 //! - `membership`, `join`: readiness and epoch; reports to the controller
@@ -16,6 +17,7 @@
 pub mod config;
 mod delivery;
 mod descriptor;
+pub mod group;
 mod join;
 mod mapping;
 mod membership;
@@ -23,10 +25,11 @@ mod profile;
 mod runner;
 mod service;
 
-pub use config::{Config, ConfigError, RawConfig};
+pub use config::{Config, ConfigError, Ranks, RawConfig};
 pub use descriptor::TokenizerFilesError;
 
 use crate::descriptor::TokenizerFiles;
+use crate::group::Formed;
 use crate::join::Joiner;
 use crate::membership::Membership;
 use crate::runner::{Handle, Patience};
@@ -42,6 +45,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use unmask_engine::group::CommError;
 use unmask_engine::pages::Pages;
 use unmask_engine::request::BLOCK_SIZE_MAX;
 use unmask_engine::{Engine, Event, Limits, LoadError, Model, Request, RequestId, Sampling, Settings};
@@ -77,6 +81,9 @@ pub enum WorkerError {
     /// The model does not compute.
     #[error("the model's first block failed: {0}")]
     Canary(String),
+    /// A rank of the group is lost, or the group did not form.
+    #[error("the group is over: {0}")]
+    Group(CommError),
     /// Settings do not fit together.
     #[error("{0}")]
     Config(#[from] ConfigError),
@@ -109,7 +116,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         let config = config.clone();
         move || load(&config)
     });
-    let Loaded { model, tokenizer, runner, engine_thread } = tokio::select! {
+    let Loaded { model, tokenizer, runner, engine_thread, followers } = tokio::select! {
         loaded = loading => loaded??,
         () = &mut shutdown => return Ok(()),
     };
@@ -133,11 +140,19 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         tokenizer: Arc::new(tokenizer),
         open: open.clone(),
     };
-    let served =
-        serve(service, listener, shutdown, Drain { open, runner, membership, limit: config.drain_limit }).await;
+    let mut failure = runner.watch_failure();
+    let over = async {
+        tokio::select! {
+            () = &mut shutdown => {}
+            _ = failure.wait_for(Option::is_some) => {}
+        }
+    };
+    let drain = Drain { open, runner: runner.clone(), membership, limit: config.drain_limit };
+    let served = serve(service, listener, over, drain).await;
     end_join.cancel();
-    join_threads([("join", join_thread), ("engine", engine_thread)]).await;
-    served
+    let followers = followers.into_iter().map(|thread| ("rank", thread));
+    join_threads([("join", join_thread), ("engine", engine_thread)].into_iter().chain(followers).collect()).await;
+    runner.failure().map_or(served, |error| Err(WorkerError::Group(error)))
 }
 
 /// What has to happen before the last connection closes.
@@ -209,19 +224,18 @@ struct Loaded {
     tokenizer: TokenizerFiles,
     runner: Handle,
     engine_thread: JoinHandle<()>,
+    followers: Vec<JoinHandle<()>>,
 }
 
 /// Everything that takes long, for a thread that may block.
 fn load(config: &Config) -> Result<Loaded, WorkerError> {
     let tokenizer = TokenizerFiles::read(&config.model)?;
-    let model = Model::load(&config.model, &config.load)
-        .map_err(|source| WorkerError::Load { path: config.model.clone(), source })?;
-    let model = Arc::new(model);
+    let formed = group::lead(&config.model, &config.load, &config.ranks, |model| limits(config, model))?;
+    let Formed { model, mut engine, followers } = formed;
     let limits = limits(config, &model);
-    let mut engine = Engine::new(Arc::clone(&model), limits);
     canary(&mut engine).map_err(WorkerError::Canary)?;
     // Before anything is served: requests would make the steps slow, and the steps the requests.
-    if let Some(dir) = &config.profile_dir {
+    if let Some(dir) = config.profile_dir.as_ref().filter(|_| engine.ranks() == 1) {
         profile::obtain(&model, dir);
     }
     tracing::info!(
@@ -233,7 +247,7 @@ fn load(config: &Config) -> Result<Loaded, WorkerError> {
     );
     let patience = Patience { preempt: config.preempt_limit, give_up: config.stall_limit };
     let (runner, engine_thread) = runner::start(engine, limits, patience).map_err(no_thread)?;
-    Ok(Loaded { model, tokenizer, runner, engine_thread })
+    Ok(Loaded { model, tokenizer, runner, engine_thread, followers })
 }
 
 fn no_thread(source: io::Error) -> WorkerError {
@@ -276,7 +290,7 @@ fn canary(engine: &mut Engine) -> Result<(), String> {
 
 /// The engine's limits: as many pages as the memory for keys and values allows, and no more than can be used.
 fn limits(config: &Config, model: &Model) -> Limits {
-    let page_bytes = model.new_kv(1).bytes().max(1) as u64;
+    let page_bytes = model.page_bytes().max(1) as u64;
     let afforded = usize::try_from(config.kv_bytes / page_bytes).unwrap_or(usize::MAX);
     let per_request = Pages::needed(model.config().context_length.saturating_add(BLOCK_SIZE_MAX));
     let pages = afforded.min(per_request.saturating_mul(config.active_max)).max(1);
@@ -290,7 +304,7 @@ fn limits(config: &Config, model: &Model) -> Limits {
 }
 
 /// Waits for the threads to end: they have been told to.
-async fn join_threads(threads: [(&'static str, JoinHandle<()>); 2]) {
+async fn join_threads(threads: Vec<(&'static str, JoinHandle<()>)>) {
     let joined = tokio::task::spawn_blocking(move || {
         for (name, thread) in threads {
             if thread.join().is_err() {

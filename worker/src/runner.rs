@@ -5,6 +5,7 @@
 //! ends that request, one in the forward pass ends those the engine holds, neither ends the thread.
 
 use crate::delivery::{Delivery, Flow, Reading, Terms};
+use crate::group::CANARY_INTERVAL;
 use crate::mapping;
 use std::collections::BTreeMap;
 use std::io;
@@ -16,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 use tonic::{Code, Status};
+use unmask_engine::group::CommError;
 use unmask_engine::{Engine, Event, Limits, Load, Request, RequestId};
 use unmask_proto::rich;
 
@@ -46,6 +48,7 @@ struct Submission {
 pub(crate) struct Handle {
     letters: SyncSender<Letter>,
     load: watch::Receiver<Load>,
+    failure: watch::Receiver<Option<CommError>>,
     next_id: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
 }
@@ -86,6 +89,16 @@ impl Handle {
         self.wake();
     }
 
+    /// Why the engine's group is over, if it is.
+    pub(crate) fn failure(&self) -> Option<CommError> {
+        self.failure.borrow().clone()
+    }
+
+    /// Tells when the engine's group is over.
+    pub(crate) fn watch_failure(&self) -> watch::Receiver<Option<CommError>> {
+        self.failure.clone()
+    }
+
     /// The engine's load as of the last step.
     pub(crate) fn load(&self) -> Load {
         *self.load.borrow()
@@ -124,8 +137,12 @@ pub(crate) fn start(engine: Engine, limits: Limits, patience: Patience) -> io::R
     let (letters, mailbox) = sync_channel(MAILBOX_MAX);
     let (load, loads) = watch::channel(engine.load());
     let stop = Arc::new(AtomicBool::new(false));
-    let handle = Handle { letters, load: loads, next_id: Arc::new(AtomicU64::new(1)), stop: Arc::clone(&stop) };
+    let (failed, failure) = watch::channel(None);
+    let next_id = Arc::new(AtomicU64::new(1));
+    let handle = Handle { letters, load: loads, failure, next_id, stop: Arc::clone(&stop) };
     let runner = Runner {
+        failure: failed,
+        proven: Instant::now(),
         limits,
         patience,
         origin: Instant::now(),
@@ -141,6 +158,10 @@ pub(crate) fn start(engine: Engine, limits: Limits, patience: Patience) -> io::R
 }
 
 struct Runner {
+    /// Why the engine's group is over, for everybody.
+    failure: watch::Sender<Option<CommError>>,
+    /// When every rank last computed something.
+    proven: Instant,
     limits: Limits,
     patience: Patience,
     /// Zero of the clock by which the engine compares deadlines.
@@ -167,6 +188,11 @@ impl Runner {
             match catch_unwind(AssertUnwindSafe(|| self.turn())) {
                 Ok(Turn::Next) => {}
                 Ok(Turn::Stop) => break,
+                // The ranks of a group would wait for the rest of the step.
+                Err(_) if self.engine.ranks() > 1 => {
+                    self.end_group(&CommError::Aborted);
+                    break;
+                }
                 Err(_) => self.start_over(),
             }
         }
@@ -189,8 +215,33 @@ impl Runner {
         }
         self.look_at_readers(Instant::now());
         let carried = self.engine.has_work() && self.step();
+        if carried {
+            self.proven = Instant::now();
+        } else if self.until_canary().is_some_and(|left| left.is_zero()) {
+            self.engine.probe(1);
+            self.proven = Instant::now();
+        }
+        if let Some(error) = self.engine.failure().cloned() {
+            self.end_group(&error);
+            return Turn::Stop;
+        }
         self.load.send_replace(self.engine.load());
         if carried { Turn::Next } else { self.wait() }
+    }
+
+    /// Time until an idle group has to prove that every rank computes.
+    fn until_canary(&self) -> Option<Duration> {
+        (self.engine.ranks() > 1).then(|| CANARY_INTERVAL.saturating_sub(self.proven.elapsed()))
+    }
+
+    /// A rank is lost: what was committed stands, the rest goes on in another group.
+    fn end_group(&mut self, error: &CommError) {
+        tracing::error!(%error, requests = self.deliveries.len(), "the group is over");
+        for delivery in std::mem::take(&mut self.deliveries).into_values() {
+            let message = format!("the worker's group is over: {error}");
+            delivery.end(Err(rich::retryable(Code::Unavailable, "GROUP_LOST", message, mapping::RETRY_AFTER)));
+        }
+        self.failure.send_replace(Some(error.clone()));
     }
 
     fn open(&mut self, letter: Letter) {
@@ -303,7 +354,7 @@ impl Runner {
         });
         let until_clock = clocks.flatten().min().map(|at| at.saturating_duration_since(now));
         let poll = self.deliveries.values().any(|d| d.flow() != Flow::Open).then_some(PAUSED_POLL);
-        let letter = match [until_clock, poll].into_iter().flatten().min() {
+        let letter = match [until_clock, poll, self.until_canary()].into_iter().flatten().min() {
             Some(timeout) => match self.mailbox.recv_timeout(timeout) {
                 Ok(letter) => letter,
                 Err(RecvTimeoutError::Timeout) => return Turn::Next,

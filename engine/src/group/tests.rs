@@ -52,8 +52,8 @@ fn model(dtype: WeightType, isa: Isa, tied: bool, share: Share) -> Arc<Model> {
 }
 
 fn pace() -> Pace {
-    let long = || Instant::now() + Duration::from_secs(60);
-    Pace { step: Box::new(move |_| long()), idle: Box::new(long) }
+    let long = Duration::from_secs(60);
+    Pace { now: Instant::now, step: StepLimit { base: long, per_row: Duration::ZERO }, idle: long }
 }
 
 fn request(id: u64) -> Request {
@@ -123,7 +123,7 @@ fn led(group: Vec<Comm>, dtype: WeightType, isa: Isa, tied: bool) -> Vec<Event> 
             .collect();
         let share = Share { rank: 0, ranks };
         let mut engine = Engine::leading(model(dtype, isa, tied, share), LIMITS, leader, pace()).unwrap();
-        engine.canary();
+        engine.probe(3);
         let events = run(&mut engine);
         drop(engine);
         followers.into_iter().for_each(|follower| follower.join().unwrap().unwrap());
@@ -188,7 +188,7 @@ fn a_rank_of_another_build_is_refused() {
     let model = Arc::new(Model::drawn(config(true), &options(0), 5).unwrap());
     let mut engine = Engine::leading(model, LIMITS, leader, pace()).unwrap();
     assert!(matches!(follower.join().unwrap(), Err(FollowError::Numerics { .. })));
-    engine.canary();
+    engine.probe(3);
     assert!(engine.failure().is_some());
 }
 

@@ -1,5 +1,6 @@
 //! What rank 0 tells the others, as little-endian words of 32 bits. Epoch and order are the collectives' business.
 
+use std::time::Duration;
 use thiserror::Error;
 use unmask_kernels::{Draw, PAGE_SLOTS, Row};
 
@@ -13,8 +14,6 @@ pub enum Message {
     Stop,
     /// The group begins.
     Start(Start),
-    /// Say that you live.
-    Canary,
     /// Compute a pass.
     Pass(OwnedPass),
 }
@@ -51,6 +50,7 @@ pub struct Pass<'a> {
 #[derive(Debug, Clone, PartialEq, Default)]
 #[allow(missing_docs)]
 pub struct OwnedPass {
+    pub limit: Duration,
     pub ids: Vec<u32>,
     pub rows: Vec<Row>,
     pub tables: Vec<Vec<u32>>,
@@ -78,30 +78,29 @@ pub enum WireError {
 
 const STOP: u32 = 0;
 const START: u32 = 1;
-const CANARY: u32 = 2;
-const PASS: u32 = 3;
+const PASS: u32 = 2;
 
 /// Writes a message in place of what `out` held.
 pub fn encode(message: &Message, out: &mut Vec<u8>) {
     out.clear();
     match message {
         Message::Stop => word(out, STOP),
-        Message::Canary => word(out, CANARY),
         Message::Start(start) => {
             [START, start.pages as u32, start.rows_max as u32].into_iter().for_each(|value| word(out, value));
             list(out, start.numerics_id.bytes().map(u32::from));
         }
         Message::Pass(pass) => {
             let tables: Vec<&[u32]> = pass.tables.iter().map(Vec::as_slice).collect();
-            encode_pass(&pass.borrow(&tables), out);
+            encode_pass(&pass.borrow(&tables), pass.limit, out);
         }
     }
 }
 
-/// Writes a pass in place of what `out` held.
-pub fn encode_pass(pass: &Pass<'_>, out: &mut Vec<u8>) {
+/// Writes a pass in place of what `out` held; it may take up to `limit`.
+pub fn encode_pass(pass: &Pass<'_>, limit: Duration, out: &mut Vec<u8>) {
     out.clear();
     word(out, PASS);
+    word(out, u32::try_from(limit.as_millis()).unwrap_or(u32::MAX));
     list(out, pass.ids.iter().copied());
     list(out, pass.rows.iter().flat_map(|row| [row.sequence, row.position, row.end]));
     word(out, pass.tables.len() as u32);
@@ -132,7 +131,6 @@ pub fn decode(bytes: &[u8], rows_max: usize) -> Result<Message, WireError> {
     let mut words = Words(bytes);
     let message = match words.word()? {
         STOP => Message::Stop,
-        CANARY => Message::Canary,
         START => {
             let (pages, rows_max) = (words.word()? as usize, words.word()? as usize);
             let id: Result<Vec<u8>, _> = words.list()?.into_iter().map(u8::try_from).collect();
@@ -163,6 +161,7 @@ impl Words<'_> {
     }
 
     fn pass(&mut self, rows_max: usize) -> Result<OwnedPass, WireError> {
+        let limit = Duration::from_millis(u64::from(self.word()?));
         let ids = self.list()?;
         let rows = self.list()?;
         let tables = self.word()? as usize;
@@ -178,7 +177,7 @@ impl Words<'_> {
         let draw = |w: &[u32]| Draw { temperature: f32::from_bits(w[0]), key: [w[1], w[2]] };
         let rows = rows.chunks_exact(3).map(row).collect();
         let draws = draws.chunks_exact(3).map(draw).collect();
-        Ok(OwnedPass { ids, rows, tables, outputs, draws, wanted })
+        Ok(OwnedPass { limit, ids, rows, tables, outputs, draws, wanted })
     }
 }
 
@@ -223,6 +222,7 @@ mod tests {
             |(rows, mut tables, wanted, x)| {
                 tables.truncate(rows);
                 OwnedPass {
+                    limit: Duration::from_millis(u64::from(x)),
                     ids: (0..rows as u32).map(|i| i ^ x).collect(),
                     rows: (0..rows as u32).map(|i| Row { sequence: i, position: i ^ x, end: x }).collect(),
                     tables,
@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn other_messages_are_read_too() {
         let start = Start { pages: 9, rows_max: 64, numerics_id: "abc".into() };
-        for message in [Message::Stop, Message::Canary, Message::Start(start)] {
+        for message in [Message::Stop, Message::Start(start)] {
             let mut bytes = Vec::new();
             encode(&message, &mut bytes);
             assert_eq!(decode(&bytes, 0), Ok(message));
@@ -269,6 +269,7 @@ mod tests {
     #[test]
     fn a_pass_that_names_what_is_not_there_is_refused() {
         let fine = OwnedPass {
+            limit: Duration::ZERO,
             ids: vec![1],
             rows: vec![Row { sequence: 0, position: 3, end: 4 }],
             tables: vec![vec![2]],

@@ -8,7 +8,7 @@ mod life;
 mod schedule;
 
 use crate::group::wire::Pass;
-use crate::group::{Pace, Rank};
+use crate::group::{Pace, Rank, StepLimit};
 use crate::model::Model;
 use crate::pages::Pages;
 use crate::plan::{Grant, Plan};
@@ -176,11 +176,17 @@ impl Engine {
         self.failure.as_ref()
     }
 
-    /// Asks the other ranks of an idle group for a sign of life; [`Engine::failure`] tells when one is missing.
-    pub fn canary(&mut self) {
+    /// Computes a pass of `rows` rows (at most `rows_max`) that belong to nobody: proof that every rank computes, and
+    /// what its time is measured by. [`Engine::failure`] tells when a rank does not.
+    pub fn probe(&mut self, rows: u32) {
         if self.failure.is_none() {
-            self.failure = self.rank.canary().err();
+            self.failure = self.rank.probe(rows.clamp(1, self.limits.rows_max) as usize).err();
         }
+    }
+
+    /// How long the other ranks may take for a step from now on.
+    pub fn set_step_limit(&mut self, limit: StepLimit) {
+        self.rank.set_step_limit(limit);
     }
 
     /// The model.
