@@ -267,29 +267,42 @@ pub(crate) struct KvWriter<'a, E> {
 unsafe impl<E: Element> Sync for KvWriter<'_, E> {}
 
 impl<E: Element> KvWriter<'_, E> {
+    /// Writes the keys of slots from `slot` on: rows of `head_dim` elements, `stride` apart in `rows`.
+    ///
     /// # Safety
     /// No other thread may write keys of `kv_head` at the same time.
     #[inline(always)]
-    pub(crate) unsafe fn key(&self, page: usize, kv_head: usize, slot: usize, key: &[f32]) {
-        assert!(slot < PAGE_SLOTS && key.len() == self.cache.shape.head_dim);
+    pub(crate) unsafe fn keys(&self, page: usize, kv_head: usize, slot: usize, rows: &[f32], stride: usize) {
+        let dims = self.cache.shape.head_dim;
+        let count = rows.len().div_ceil(stride);
+        assert!(slot + count <= PAGE_SLOTS && rows.len() == (count - 1) * stride + dims);
         let start = self.cache.block_start::<E>(self.layer, page, kv_head) + slot;
-        for (d, &value) in key.iter().enumerate() {
-            // SAFETY: `d < head_dim` and `slot < PAGE_SLOTS` stay inside the keys of the block.
-            unsafe { self.base.add(start + d * PAGE_SLOTS).write(E::round(value)) };
+        for d in 0..dims {
+            for i in 0..count {
+                // SAFETY: `d < head_dim` and `slot + i < PAGE_SLOTS` stay inside the keys of the block, and
+                // `i * stride + d` inside the rows.
+                unsafe {
+                    self.base.add(start + d * PAGE_SLOTS + i).write(E::round(*rows.get_unchecked(i * stride + d)))
+                };
+            }
         }
     }
 
+    /// Writes the values of slots from `slot` on, as [`KvWriter::keys`] does keys.
+    ///
     /// # Safety
     /// No other thread may write values of `kv_head` at the same time.
     #[inline(always)]
-    pub(crate) unsafe fn value(&self, page: usize, kv_head: usize, slot: usize, value: &[f32]) {
+    pub(crate) unsafe fn values(&self, page: usize, kv_head: usize, slot: usize, rows: &[f32], stride: usize) {
         let shape = &self.cache.shape;
-        assert!(slot < PAGE_SLOTS && value.len() == shape.head_dim);
-        let keys = shape.head_dim * PAGE_SLOTS;
-        let start = self.cache.block_start::<E>(self.layer, page, kv_head) + keys + slot * shape.value_stride();
-        for (d, &value) in value.iter().enumerate() {
-            // SAFETY: `slot * stride + head_dim` stays inside the values of the block.
-            unsafe { self.base.add(start + d).write(E::round(value)) };
+        let count = rows.len().div_ceil(stride);
+        assert!(slot + count <= PAGE_SLOTS && rows.len() == (count - 1) * stride + shape.head_dim);
+        let first = self.cache.block_start::<E>(self.layer, page, kv_head) + shape.head_dim * PAGE_SLOTS;
+        for (i, row) in rows.chunks(stride).enumerate() {
+            for (d, &value) in row[..shape.head_dim].iter().enumerate() {
+                // SAFETY: `(slot + i) * stride + head_dim` stays inside the values of the block.
+                unsafe { self.base.add(first + (slot + i) * shape.value_stride() + d).write(E::round(value)) };
+            }
         }
     }
 }
@@ -325,8 +338,8 @@ mod tests {
         let writer = cache.writer::<f32>(1);
         // SAFETY: one thread writes.
         unsafe {
-            writer.key(2, 1, 31, &key);
-            writer.value(2, 1, 0, &key);
+            writer.keys(2, 1, 31, &key, 8);
+            writer.values(2, 1, 0, &key, 8);
         }
         assert_eq!(cache.read(1, 2, 1, 31), (key.clone(), vec![0.0; 8]));
         assert_eq!(cache.read(1, 2, 1, 0), (vec![0.0; 8], key));

@@ -1,6 +1,7 @@
 //! Root-mean-square normalisation.
 
 use crate::Cpu;
+use crate::lanes::Lanes;
 use crate::rows::RowsMut;
 
 /// Independent partial sums of a row; fixes the order of the reduction on every ISA.
@@ -19,16 +20,25 @@ impl Cpu {
         let rows = x.len() / width;
         let out = RowsMut::new(out);
         self.pool().run(rows.div_ceil(rows_per_task), &|task| {
-            for row in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
-                // SAFETY: each row belongs to one task.
-                let out = unsafe { out.range(row * width, width) };
-                let x = &x[row * width..][..width];
-                let scale = rms_scale(x, eps);
-                for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
-                    *out = x * scale * weight;
-                }
-            }
+            let rows = task * rows_per_task..rows.min((task + 1) * rows_per_task);
+            // SAFETY: each row belongs to one task.
+            let out = unsafe { out.range(rows.start * width, rows.len() * width) };
+            dispatch!(self.isa(), normalise(&x[rows.start * width..rows.end * width], weight, eps, out));
         });
+    }
+}
+
+/// Rows of a task. Generic so that it is compiled for the instruction set of `L`.
+///
+/// # Safety
+/// The ISA of `L` must be present.
+#[inline(always)]
+unsafe fn normalise<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+        let scale = rms_scale(x, eps);
+        for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
     }
 }
 

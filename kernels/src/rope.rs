@@ -3,7 +3,8 @@
 use half::bf16;
 
 use crate::Cpu;
-use crate::kv::{Element, HeadShape, KvCache, KvType, KvWriter, PAGE_SLOTS, RowTable};
+use crate::kv::{Element, HeadShape, KvCache, KvType, KvWriter, PAGE_SLOTS, Row, RowTable};
+use crate::lanes::Lanes;
 use crate::norm::{TASK_ELEMENTS, rms_scale};
 use crate::rows::RowsMut;
 
@@ -112,42 +113,56 @@ impl Cpu {
         let per_task = TASK_ELEMENTS.div_ceil(job.rows.rows.len().max(1) * job.shape.head_dim);
         self.pool().run(columns.div_ceil(per_task), &|task| {
             for column in task * per_task..columns.min((task + 1) * per_task) {
-                // SAFETY: each column belongs to one task.
-                unsafe { job.column(column) };
+                // Each column belongs to one task.
+                dispatch!(self.isa(), append_column(job, column));
             }
         });
     }
 }
 
-impl<E: Element> Append<'_, E> {
-    /// # Safety
-    /// No other thread may work on the same column at the same time.
-    unsafe fn column(&self, column: usize) {
-        let (dims, width) = (self.shape.head_dim, self.shape.qkv_width());
-        let (first_key, first_value) = (self.shape.heads, self.shape.heads + self.shape.kv_heads);
-        for (i, row) in self.rows.rows.iter().enumerate() {
+/// One head's column of every row. Generic so that it is compiled for the instruction set of `L`.
+///
+/// # Safety
+/// The ISA of `L` must be present; no other thread may work on the same column at the same time.
+#[inline(always)]
+unsafe fn append_column<L: Lanes>(job: &Append<'_, impl Element>, column: usize) {
+    let (dims, width) = (job.shape.head_dim, job.shape.qkv_width());
+    let (first_key, first_value) = (job.shape.heads, job.shape.heads + job.shape.kv_heads);
+    if column < first_value {
+        for (i, row) in job.rows.rows.iter().enumerate() {
             // SAFETY: columns of different tasks do not overlap.
-            let head = unsafe { self.qkv.range(i * width + column * dims, dims) };
-            let position = row.position as usize;
-            if column < first_value {
-                if let Some(norms) = &self.norms {
-                    let scale = rms_scale(head, norms.eps);
-                    let weight = if column < first_key { norms.q } else { norms.k };
-                    for (v, &weight) in head.iter_mut().zip(weight) {
-                        *v = *v * scale * weight;
-                    }
-                }
-                self.rotary.rotate(head, position);
+            let head = unsafe { job.qkv.range(i * width + column * dims, dims) };
+            if let Some(norms) = &job.norms {
+                let scale = rms_scale(head, norms.eps);
+                let weight = if column < first_key { norms.q } else { norms.k };
+                head.iter_mut().zip(weight).for_each(|(v, &weight)| *v = *v * scale * weight);
             }
-            let page = self.rows.tables[row.sequence as usize][position / PAGE_SLOTS] as usize;
-            // SAFETY: keys and values of one head are written by the one task that owns its column.
-            unsafe {
-                if column >= first_value {
-                    self.writer.value(page, column - first_value, position % PAGE_SLOTS, head);
-                } else if column >= first_key {
-                    self.writer.key(page, column - first_key, position % PAGE_SLOTS, head);
-                }
+            job.rotary.rotate(head, row.position as usize);
+        }
+    }
+    if column < first_key {
+        return;
+    }
+    // Rows that follow each other in one page: a vector of keys runs along slots.
+    let mut first = 0;
+    while let Some(row) = job.rows.rows.get(first) {
+        let (page, slot) = (row.position as usize / PAGE_SLOTS, row.position as usize % PAGE_SLOTS);
+        let follows = |(i, next): &(usize, &Row)| {
+            next.sequence == row.sequence
+                && next.position as usize == row.position as usize + i
+                && slot + i < PAGE_SLOTS
+        };
+        let count = job.rows.rows[first..].iter().enumerate().take_while(follows).count();
+        let page = job.rows.tables[row.sequence as usize][page] as usize;
+        // SAFETY: columns of different tasks do not overlap, and one task writes the keys or values of a head.
+        unsafe {
+            let run = job.qkv.range(first * width + column * dims, (count - 1) * width + dims);
+            if column >= first_value {
+                job.writer.values(page, column - first_value, slot, run, width);
+            } else {
+                job.writer.keys(page, column - first_key, slot, run, width);
             }
         }
+        first += count;
     }
 }
