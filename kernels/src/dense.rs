@@ -4,7 +4,8 @@
 //! result does not depend on threads.
 
 use crate::lanes::Lanes;
-use crate::pack::{Lines, PANEL};
+use crate::lines::Lines;
+use crate::pack::PANEL;
 use crate::rows::RowsMut;
 use crate::{Cpu, Isa};
 use std::cell::RefCell;

@@ -9,17 +9,24 @@ mod epilogue;
 mod input;
 mod tile;
 
-use crate::Cpu;
 use crate::pack::{BLOCK_GROUPS, PANEL, PIECES, Packed};
 use crate::rows::RowsMut;
+use crate::{Cpu, Isa};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(crate) use amx::{TILE_OPERATIONS, multiply_tiles};
 use epilogue::finish;
 pub(crate) use input::{Input, ROWS};
+use std::ops::Range;
 use tile::{Part, Tile, merge, product};
 
-/// Tasks per thread, so that threads end together.
-const TASKS_PER_THREAD: usize = 8;
+/// Of the panels, the share (1 in so many) that is handed out in small tasks, so that threads end together.
+const SMALL_SHARE: usize = 8;
+
+/// Small tasks per thread.
+const SMALL_TASKS: usize = 4;
+
+/// Panels that a thread works on at once.
+const PAIR: usize = 2;
 
 /// Groups of weights of one block: [`BLOCK_GROUPS`] of a whole panel.
 const BLOCK_WEIGHTS: usize = BLOCK_GROUPS * PANEL;
@@ -40,6 +47,35 @@ pub enum Epilogue<'a> {
     SiluMul,
 }
 
+/// How panels are shared out: to each thread one long run, which memory delivers fastest, then what is left in short ones.
+#[derive(Clone, Copy)]
+struct Tasks {
+    panels: usize,
+    threads: usize,
+    long: usize,
+    short: usize,
+}
+
+impl Tasks {
+    fn new(panels: usize, threads: usize) -> Self {
+        let long = (panels - panels / SMALL_SHARE) / threads / PAIR * PAIR;
+        let short = (panels - long * threads).div_ceil(threads * SMALL_TASKS).next_multiple_of(PAIR).max(PAIR);
+        Tasks { panels, threads, long, short }
+    }
+
+    fn count(&self) -> usize {
+        self.threads + (self.panels - self.long * self.threads).div_ceil(self.short)
+    }
+
+    fn panels(&self, task: usize) -> Range<usize> {
+        let begin = |task: usize| {
+            let (long, short) = (task.min(self.threads), task.saturating_sub(self.threads));
+            self.panels.min(long * self.long + short * self.short)
+        };
+        begin(task)..begin(task + 1)
+    }
+}
+
 impl Cpu {
     /// `out = epilogue(x W^T)` for `x` (m, k): out is (m, n), or (m, n / 2) of a gated product.
     pub fn gemm(&self, x: &[f32], w: &Packed, epilogue: Epilogue<'_>, out: &mut [f32]) {
@@ -51,17 +87,15 @@ impl Cpu {
         if let Epilogue::Bias(bias) = epilogue {
             assert_eq!(bias.len(), width, "bias must have one element per column");
         }
-        let per_task = panels.div_ceil(self.pool().threads() * TASKS_PER_THREAD);
+        let tasks = Tasks::new(panels, self.pool().threads());
         let out = RowsMut::new(out);
         self.with_input(x, w, |input| {
-            self.pool().run(panels.div_ceil(per_task), &|task| {
+            self.pool().run(tasks.count(), &|task| {
                 let _registers = amx::Configured::new(self.isa());
-                for panel in task * per_task..panels.min((task + 1) * per_task) {
-                    self.for_tiles(input, 0..m, w, panel, |rows, tile| {
-                        // SAFETY: each task writes its own panels' columns.
-                        dispatch!(self.isa(), finish(tile, rows, w, panel, epilogue, &out));
-                    });
-                }
+                // Each task writes its own panels' columns.
+                self.for_tiles(input, 0..m, w, tasks.panels(task), |panel, rows, tile| {
+                    dispatch!(self.isa(), finish(tile, rows, w, panel, epilogue, &out));
+                });
             });
         });
     }
@@ -71,7 +105,7 @@ impl Cpu {
     pub(crate) fn gemm_columns(
         &self,
         input: Input<'_>,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         w: &Packed,
         (from, to): (usize, usize),
         out: &mut [f32],
@@ -80,42 +114,71 @@ impl Cpu {
         let (width, start) = (to - from, rows.start);
         assert_eq!(out.len(), rows.len() * width, "out must be ({}, {width})", rows.len());
         let _registers = amx::Configured::new(self.isa());
-        for panel in from / PANEL..to.div_ceil(PANEL) {
+        self.for_tiles(input, rows, w, from / PANEL..to.div_ceil(PANEL), |panel, (first, count), tile| {
             let at = panel * PANEL - from;
             let columns = PANEL.min(width - at);
-            self.for_tiles(input, rows.clone(), w, panel, |(first, count), tile| {
-                for (i, row) in tile.0[..count].iter().enumerate() {
-                    out[(first - start + i) * width + at..][..columns].copy_from_slice(&row[..columns]);
-                }
-            });
-        }
+            for (i, row) in tile.0[..count].iter().enumerate() {
+                out[(first - start + i) * width + at..][..columns].copy_from_slice(&row[..columns]);
+            }
+        });
     }
 
-    /// Computes one panel's columns for some rows, tile by tile; `done` gets (first row, rows).
+    /// Computes some panels' columns for some rows, tile by tile; `done` gets (panel, (first row, rows), tile).
     #[inline(always)]
     fn for_tiles(
         &self,
         input: Input<'_>,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         w: &Packed,
-        panel: usize,
-        mut done: impl FnMut((usize, usize), &Tile),
+        panels: Range<usize>,
+        mut done: impl FnMut(usize, (usize, usize), &Tile),
     ) {
-        let mut tiles = [Tile::ZERO; LEVELS + 1];
-        for first in rows.clone().step_by(ROWS) {
-            let count = ROWS.min(rows.end - first);
-            // As in a binary counter: two sums of as many pieces each become one.
-            let mut sums = 0;
-            for piece in 0..w.shape.pieces {
-                product(self.isa(), input, w, Part { first, count, panel, piece }, &mut tiles[sums]);
-                sums += 1;
-                for _ in 0..(piece + 1).trailing_zeros() {
-                    sums -= 1;
-                    let (earlier, later) = tiles.split_at_mut(sums);
-                    dispatch!(self.isa(), merge(&mut earlier[sums - 1], &later[0], count));
+        let mut tiles = [[Tile::ZERO; PAIR]; LEVELS + 1];
+        // Elsewhere one stream of memory after the other is faster.
+        let at_once = if self.isa() == Isa::Amx { PAIR } else { 1 };
+        for panel in panels.clone().step_by(at_once) {
+            let pair = at_once.min(panels.end - panel);
+            for first in rows.clone().step_by(ROWS) {
+                let count = ROWS.min(rows.end - first);
+                // As in a binary counter: two sums of as many pieces each become one.
+                let mut sums = 0;
+                for piece in 0..w.shape.pieces {
+                    product(
+                        self.isa(),
+                        input,
+                        w,
+                        Part { first, count, panel, panels: pair, piece, end: panels.end },
+                        &mut tiles[sums],
+                    );
+                    sums += 1;
+                    for _ in 0..(piece + 1).trailing_zeros() {
+                        sums -= 1;
+                        let (earlier, later) = tiles.split_at_mut(sums);
+                        for (sum, later) in earlier[sums - 1].iter_mut().zip(&later[0]).take(pair) {
+                            dispatch!(self.isa(), merge(sum, later, count));
+                        }
+                    }
+                }
+                for (i, tile) in tiles[0].iter().enumerate().take(pair) {
+                    done(panel + i, (first, count), tile);
                 }
             }
-            done((first, count), &tiles[0]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_cover_every_panel_once() {
+        for threads in 1..=9 {
+            for panels in 1..200 {
+                let tasks = Tasks::new(panels, threads);
+                let covered: Vec<usize> = (0..tasks.count()).flat_map(|task| tasks.panels(task)).collect();
+                assert_eq!(covered, (0..panels).collect::<Vec<_>>(), "{panels} panels, {threads} threads");
+            }
         }
     }
 }

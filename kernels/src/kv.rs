@@ -7,6 +7,7 @@
 use half::bf16;
 
 use crate::lanes::Lanes;
+use crate::lines::Lines;
 
 /// Positions per key/value page.
 pub const PAGE_SLOTS: usize = 32;
@@ -16,9 +17,6 @@ pub const HEAD_DIM_MAX: usize = 256;
 
 /// Value rows are padded to this many elements, the widest vector of any ISA.
 const VALUE_ALIGN: usize = 16;
-
-/// Bytes of one cache line, the alignment of the storage.
-const LINE_BYTES: usize = 64;
 
 /// Number format of cached keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,13 +154,9 @@ impl Element for bf16 {
     }
 }
 
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; LINE_BYTES]);
-
 /// Keys and values of every layer, in pages shared by all sequences.
 pub struct KvCache {
-    storage: Vec<Line>,
+    storage: Lines<u8>,
     layers: usize,
     pages: usize,
     shape: HeadShape,
@@ -174,8 +168,7 @@ impl KvCache {
     pub fn new(layers: usize, shape: &HeadShape, pages: usize, dtype: KvType) -> KvCache {
         shape.check();
         let bytes = pages * Self::page_bytes(layers, shape, dtype);
-        let storage = vec![Line([0; LINE_BYTES]); bytes / LINE_BYTES];
-        KvCache { storage, layers, pages, shape: *shape, dtype }
+        KvCache { storage: Lines::zeroed(bytes), layers, pages, shape: *shape, dtype }
     }
 
     /// Bytes of one page of [`PAGE_SLOTS`] positions over `layers` layers.
@@ -200,7 +193,7 @@ impl KvCache {
 
     /// Bytes of storage over all layers.
     pub fn bytes(&self) -> usize {
-        self.storage.len() * LINE_BYTES
+        self.storage.as_slice().len()
     }
 
     /// The cached key and value of one slot, widened to f32. For comparisons, not for the hot path.
@@ -232,13 +225,14 @@ impl KvCache {
         let start = self.block_start::<E>(layer, page, kv_head);
         // SAFETY: the index checks of `block_start` keep the range inside `storage`, which is aligned and initialised;
         // any bit pattern is a valid f32 or bf16.
-        let block = unsafe { std::slice::from_raw_parts(self.storage.as_ptr().cast::<E>().add(start), elements) };
+        let block =
+            unsafe { std::slice::from_raw_parts(self.storage.as_slice().as_ptr().cast::<E>().add(start), elements) };
         block.split_at(self.shape.head_dim * PAGE_SLOTS)
     }
 
     /// A writer for tasks that each own one key/value head. `E` must be the element of `dtype`.
     pub(crate) fn writer<E: Element>(&mut self, layer: usize) -> KvWriter<'_, E> {
-        let base = self.storage.as_mut_ptr().cast::<E>();
+        let base = self.storage.as_mut_slice().as_mut_ptr().cast::<E>();
         KvWriter { base, cache: self, layer }
     }
 

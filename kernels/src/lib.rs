@@ -28,6 +28,7 @@ pub mod file;
 pub mod gemm;
 pub mod isa;
 pub mod kv;
+mod lines;
 pub mod norm;
 pub mod pack;
 pub mod pool;

@@ -1,6 +1,7 @@
 //! Weights of a product, laid out in panels so that a step streams them once.
 
 use crate::kv::Element;
+use crate::lines::Lines;
 use crate::rows::RowsMut;
 use crate::{Cpu, Isa};
 use half::bf16;
@@ -176,9 +177,9 @@ impl Packed {
     /// Memory of the weights.
     pub fn bytes(&self) -> usize {
         let panels = match &self.panels {
-            Panels::F32(lines) => lines.len * 4,
-            Panels::Bf16(lines) => lines.len * 2,
-            Panels::Groups(lines) => lines.len * 4,
+            Panels::F32(lines) => lines.as_slice().len() * 4,
+            Panels::Bf16(lines) => lines.as_slice().len() * 2,
+            Panels::Groups(lines) => lines.as_slice().len() * 4,
         };
         panels + 4 * (self.scales.len() + self.shifts.len())
     }
@@ -342,46 +343,4 @@ fn group(elements: &[f32], dtype: WeightType) -> u32 {
 /// Whether this instruction set takes int8 inputs as they are, or shifted by 128.
 pub(crate) fn shift(isa: Isa) -> u8 {
     if isa.has_unsigned_dot() { 0x80 } else { 0 }
-}
-
-/// Bytes of a cache line; every buffer of weights begins on one.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-/// A zeroed buffer of plain numbers that begins on a cache line.
-pub(crate) struct Lines<T> {
-    lines: Vec<Line>,
-    len: usize,
-    element: std::marker::PhantomData<T>,
-}
-
-impl<T: Copy + Default> Default for Lines<T> {
-    fn default() -> Self {
-        Self::zeroed(0)
-    }
-}
-
-impl<T: Copy + Default> Lines<T> {
-    pub(crate) fn zeroed(len: usize) -> Self {
-        let lines = vec![Line([0; 64]); (len * size_of::<T>()).div_ceil(64)];
-        Lines { lines, len, element: std::marker::PhantomData }
-    }
-
-    /// Grows to at least `len` elements; what was in it is lost when it does.
-    pub(crate) fn reserve(&mut self, len: usize) {
-        if len > self.len {
-            *self = Self::zeroed(len);
-        }
-    }
-
-    pub(crate) fn as_slice(&self) -> &[T] {
-        // SAFETY: the buffer holds `len` elements of a plain number type, for which any bits are valid (T is f32, u16 or u32).
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
-    }
-
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
-        // SAFETY: as above, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
-    }
 }

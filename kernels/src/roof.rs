@@ -1,6 +1,7 @@
 //! What a machine can do at most: loops that only read, and loops that only multiply, without a clock of their own.
 
 use crate::lanes::Lanes;
+use crate::lines::Lines;
 use crate::{Cpu, Isa, WeightType};
 use std::hint::black_box;
 
@@ -12,6 +13,23 @@ const TURNS: usize = 1 << 14;
 
 /// Accumulators of a vector loop: enough to hide the latency of a multiply-add on every set.
 const CHAINS: usize = 12;
+
+/// Memory to read, on pages as large as those of weights.
+pub struct Buffer(Lines<f32>);
+
+impl Buffer {
+    /// `bytes` bytes, written once so that they are there.
+    pub fn new(bytes: usize) -> Self {
+        let mut lines = Lines::zeroed(bytes / size_of::<f32>());
+        lines.as_mut_slice().fill(1.0);
+        Buffer(lines)
+    }
+
+    /// Its content.
+    pub fn data(&self) -> &[f32] {
+        self.0.as_slice()
+    }
+}
 
 impl Cpu {
     /// Reads every element once on all threads, each in `streams` streams of its own part.

@@ -7,7 +7,10 @@ use serde::Serialize;
 use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use unmask_kernels::{Cpu, Isa, WeightType, roof::STREAMS};
+use unmask_kernels::{
+    Cpu, Isa, WeightType,
+    roof::{Buffer, STREAMS},
+};
 
 /// Buffers that are read (bytes): one for every kind of memory that weights can lie in.
 const BUFFERS: [usize; 4] = [1 << 20, 16 << 20, 256 << 20, 1 << 30];
@@ -55,9 +58,9 @@ impl Roof {
     /// Measures the roofs of `threads` threads; takes a few seconds.
     pub fn measure(isa: Isa, threads: usize) -> Roof {
         let cpu = Cpu::new(isa, threads);
-        let data = vec![1.0f32; BUFFERS[BUFFERS.len() - 1] / 4];
+        let buffer = Buffer::new(BUFFERS[BUFFERS.len() - 1]);
         let read = BUFFERS.map(|bytes| {
-            let data = &data[..bytes / 4];
+            let data = &buffer.data()[..bytes / 4];
             let fastest =
                 STREAMS.map(|streams| best(|| cpu.read_all(data, streams))).into_iter().fold(f64::MAX, f64::min);
             Read { bytes, gbps: bytes as f64 / fastest / 1e9 }

@@ -1,4 +1,4 @@
-//! Products on tile registers: 16 rows times one panel, whatever the number of rows that count.
+//! Products on tile registers: 16 rows times two panels, whatever the number of rows that count.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) use tiles::{Configured, product};
@@ -27,8 +27,8 @@ mod tiles {
         palette: 1,
         start_row: 0,
         reserved: [0; 14],
-        row_bytes: [64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-        rows: [16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+        rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
     };
 
     /// While it lives, this thread's tile registers are configured.
@@ -53,47 +53,60 @@ mod tiles {
         }
     }
 
-    /// One loop over blocks; `$dot` multiplies and adds two tiles.
+    /// One loop over blocks of two panels; `$dot` multiplies and adds two tiles. Two panels are two streams of memory.
     macro_rules! blocks {
-        ($dot:literal, $x:expr, $weights:expr, $count:expr, $out:expr) => {
+        ($dot:literal, $x:expr, $first:expr, $second:expr, $count:expr, $out:expr) => {
             asm!(
                 "tilezero tmm0",
                 "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "2:",
-                "tileloadd tmm2, [{x} + {line}]",
-                "tileloadd tmm3, [{w} + {row}]",
-                concat!($dot, " tmm0, tmm2, tmm3"),
-                "tileloadd tmm4, [{w} + {row} + 64]",
-                concat!($dot, " tmm1, tmm2, tmm4"),
+                "tileloadd tmm4, [{x} + {line}]",
+                "tileloadd tmm5, [{first} + {row}]",
+                concat!($dot, " tmm0, tmm4, tmm5"),
+                "tileloadd tmm6, [{first} + {row} + 64]",
+                concat!($dot, " tmm1, tmm4, tmm6"),
+                "tileloadd tmm7, [{second} + {row}]",
+                concat!($dot, " tmm2, tmm4, tmm7"),
+                "tileloadd tmm5, [{second} + {row} + 64]",
+                concat!($dot, " tmm3, tmm4, tmm5"),
                 "add {x}, 1024",
-                "add {w}, 2048",
+                "add {first}, 2048",
+                "add {second}, 2048",
                 "dec {count}",
                 "jnz 2b",
                 "tilestored [{out} + {row}], tmm0",
                 "tilestored [{out} + {row} + 64], tmm1",
+                "tilestored [{out} + {row} + 2048], tmm2",
+                "tilestored [{out} + {row} + 2112], tmm3",
                 x = inout(reg) $x => _,
-                w = inout(reg) $weights => _,
+                first = inout(reg) $first => _,
+                second = inout(reg) $second => _,
                 count = inout(reg) $count => _,
                 out = in(reg) $out,
                 line = in(reg) 64usize,
                 row = in(reg) 128usize,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack)
             )
         };
     }
 
-    /// Inputs `[block][row][group]` times weights `[block][group][PANEL]`; int8 leaves the bits of i32 sums.
-    pub(in crate::gemm) fn product(x: &[u32], weights: &[u32], dtype: WeightType, tile: &mut Tile) {
+    /// Inputs `[block][row][group]` times the weights `[block][group][PANEL]` of two panels; int8 leaves the bits of i32
+    /// sums. A lone panel is given twice.
+    pub(in crate::gemm) fn product(x: &[u32], weights: [&[u32]; 2], dtype: WeightType, tiles: &mut [Tile; 2]) {
         let blocks = x.len() / BLOCK;
-        assert!(blocks > 0 && x.len() == blocks * BLOCK && weights.len() == blocks * BLOCK_WEIGHTS);
-        let (x, weights, out) = (x.as_ptr(), weights.as_ptr(), tile.0.as_mut_ptr());
+        let whole = weights.iter().all(|weights| weights.len() == blocks * BLOCK_WEIGHTS);
+        assert!(blocks > 0 && x.len() == blocks * BLOCK && whole);
+        let (x, [first, second], out) = (x.as_ptr(), weights.map(<[u32]>::as_ptr), tiles.as_mut_ptr());
         // SAFETY: a block of inputs is 1024 bytes and of weights 2048, the lengths are checked above; a tile's rows are
-        // 128 bytes apart; the caller configured the registers, which no compiled code uses.
+        // 128 bytes apart and a tile 2048 long; the caller configured the registers, which no compiled code uses.
         unsafe {
             match dtype {
-                WeightType::Int8 => blocks!("tdpbssd", x, weights, blocks, out),
-                _ => blocks!("tdpbf16ps", x, weights, blocks, out),
+                WeightType::Int8 => blocks!("tdpbssd", x, first, second, blocks, out),
+                _ => blocks!("tdpbf16ps", x, first, second, blocks, out),
             }
         }
     }
@@ -151,7 +164,7 @@ mod absent {
         }
     }
 
-    pub(in crate::gemm) fn product(_: &[u32], _: &[u32], _: WeightType, _: &mut Tile) {
+    pub(in crate::gemm) fn product(_: &[u32], _: [&[u32]; 2], _: WeightType, _: &mut [Tile; 2]) {
         unreachable!("this host has no tile registers")
     }
 }

@@ -6,33 +6,42 @@ use super::tile::Tile;
 use crate::Isa;
 use crate::pack::{BLOCK_GROUPS, PANEL};
 
+/// Weights of one piece of a panel, and those that are read after them: fetched ahead, since the loops ask for memory
+/// in bursts otherwise.
+#[derive(Clone, Copy)]
+pub(super) struct Weights<'a> {
+    pub(super) piece: &'a [u32],
+    pub(super) next: &'a [u32],
+}
+
 /// Sums of `count` rows of bf16 pairs times one piece of a panel.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn bf16(x: &[u32], weights: &[u32], count: usize, tile: &mut Tile) {
-    check(x, weights, count);
+pub(super) fn bf16(x: &[u32], weights: Weights<'_>, count: usize, tile: &mut Tile) {
+    check(x, weights.piece, count);
     // SAFETY: weights are packed in pairs only where the host has the dot; the lengths are checked.
     unsafe { avx512::bf16(x, weights, count, tile) }
 }
 
 /// Only x86-64 packs bf16 in pairs.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) fn bf16(_: &[u32], _: &[u32], _: usize, _: &mut Tile) {
+pub(super) fn bf16(_: &[u32], _: Weights<'_>, _: usize, _: &mut Tile) {
     unreachable!("this host has no bf16 dot")
 }
 
 /// Bits of the i32 sums of `count` rows of int8 times one piece of a panel.
-pub(super) fn int8(isa: Isa, x: &[u32], weights: &[u32], count: usize, tile: &mut Tile) {
-    check(x, weights, count);
+pub(super) fn int8(isa: Isa, x: &[u32], weights: Weights<'_>, count: usize, tile: &mut Tile) {
+    let Weights { piece, .. } = weights;
+    check(x, piece, count);
     // SAFETY: `Cpu::new` refuses an instruction set that the host lacks; the lengths are checked.
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 if isa.has_unsigned_dot() => avx512::int8(x, weights, count, tile),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx2 => avx2::int8(x, weights, count, tile),
+            Isa::Avx512 | Isa::Avx2 => avx2::int8(x, piece, count, tile),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => neon::int8(x, weights, count, tile),
-            _ => portable(x, weights, count, tile),
+            Isa::Neon => neon::int8(x, piece, count, tile),
+            _ => portable(x, piece, count, tile),
         }
     }
 }
@@ -81,30 +90,48 @@ mod avx512 {
     /// # Safety
     /// The host must have the BF16 dot; `x` and `weights` hold equally many blocks.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    pub(super) unsafe fn bf16(x: &[u32], weights: &[u32], count: usize, tile: &mut Tile) {
+    pub(super) unsafe fn bf16(x: &[u32], weights: Weights<'_>, count: usize, tile: &mut Tile) {
         // SAFETY: the caller's promise.
-        unsafe { by_rows!(bf16_rows::<8, 4, 2>(x, weights, count, tile)) }
+        unsafe { by_rows!(bf16_rows::<8, 4, 2>(x, (weights, count), count, tile)) }
     }
 
     /// # Safety
     /// The host must have the VNNI dot; otherwise as [`bf16`]. Inputs are shifted by 128.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-    pub(super) unsafe fn int8(x: &[u32], weights: &[u32], count: usize, tile: &mut Tile) {
+    pub(super) unsafe fn int8(x: &[u32], weights: Weights<'_>, count: usize, tile: &mut Tile) {
         // SAFETY: the caller's promise.
-        unsafe { by_rows!(int8_rows::<8, 4, 2>(x, weights, count, tile)) }
+        unsafe { by_rows!(int8_rows::<8, 4, 2>(x, (weights, count), count, tile)) }
     }
 
-    /// Rows `first..first + M`; `$dot` adds the dots of a vector of weights with one broadcast group.
+    /// Rows `first..first + M` of `count`; `$dot` adds the dots of a vector of weights with one broadcast group. Of the
+    /// weights to come each pass over the piece fetches its share.
     macro_rules! rows {
         ($name:ident, $features:literal, $dot:expr) => {
             #[target_feature(enable = $features)]
-            unsafe fn $name<const M: usize>(x: &[u32], weights: &[u32], first: usize, tile: &mut Tile) -> usize {
+            unsafe fn $name<const M: usize>(
+                x: &[u32],
+                (weights, count): (Weights<'_>, usize),
+                first: usize,
+                tile: &mut Tile,
+            ) -> usize {
                 // SAFETY: offsets stay inside the blocks that the caller promises; 512 bits have no invalid pattern.
                 unsafe {
                     let mut sums = [[_mm512_setzero_si512(); 2]; M];
-                    let mut w = weights.as_ptr();
+                    let mut w = weights.piece.as_ptr();
+                    let all = count <= M;
+                    let share = if all { 0 } else { weights.next.len() / 2 * usize::from(first > 0) };
+                    // Without weights to come, lines that are there: a hint that leads nowhere takes a walk over page tables.
+                    let (from, step) =
+                        if weights.next.is_empty() { (x.as_ptr(), 0) } else { (weights.next.as_ptr(), 16) };
+                    let mut next = from.wrapping_add(share);
                     for x in x.chunks_exact(BLOCK) {
                         for i in 0..BLOCK_GROUPS {
+                            _mm_prefetch::<_MM_HINT_T1>(next.cast());
+                            next = next.wrapping_add(step);
+                            if all {
+                                _mm_prefetch::<_MM_HINT_T1>(next.cast());
+                                next = next.wrapping_add(step);
+                            }
                             let (low, high) = (_mm512_loadu_si512(w.cast()), _mm512_loadu_si512(w.add(16).cast()));
                             for (row, sums) in sums.iter_mut().enumerate() {
                                 let group = *x.get_unchecked((first + row) * BLOCK_GROUPS + i);

@@ -1,10 +1,11 @@
 //! Inputs of a product in the form that its weights need: as they are, or rounded to groups of 4 bytes.
 
+use crate::Cpu;
 use crate::kv::Element;
 use crate::lanes::Lanes;
+use crate::lines::Lines;
 use crate::pack::{BLOCK_GROUPS, Packed, Panels, WeightType, shift};
 use crate::rows::RowsMut;
-use crate::{Cpu, pack};
 use half::bf16;
 use std::cell::RefCell;
 
@@ -13,6 +14,9 @@ pub(crate) const ROWS: usize = 16;
 
 /// Groups of one block: [`ROWS`] rows of [`BLOCK_GROUPS`].
 pub(super) const BLOCK: usize = ROWS * BLOCK_GROUPS;
+
+/// Elements below which a task is not worth handing to another thread.
+const TASK_ELEMENTS: usize = 1 << 13;
 
 /// Inputs of a product.
 #[derive(Clone, Copy)]
@@ -25,7 +29,7 @@ pub(crate) enum Input<'a> {
 
 #[derive(Default)]
 struct Buffers {
-    blocks: pack::Lines<u32>,
+    blocks: Lines<u32>,
     scales: Vec<f32>,
 }
 
@@ -50,18 +54,12 @@ impl Cpu {
             buffers.scales.resize(scales.max(buffers.scales.len()), 0.0);
             let all = RowsMut::new(&mut buffers.blocks.as_mut_slice()[..tiles * tile]);
             let all_scales = RowsMut::new(&mut buffers.scales[..scales]);
-            let job = Rounding { x, k, pieces, blocks, dtype: w.dtype(), shift: shift(self.isa()) };
-            self.pool().run(tiles, &|index| {
-                let rows = index * ROWS..rows.min((index + 1) * ROWS);
-                let scales = if scales > 0 { rows.len() * pieces } else { 0 };
-                // SAFETY: each task writes its own tile and its rows' scales.
-                let (out, scales) = unsafe {
-                    (
-                        all.range(index * tile, tile),
-                        all_scales.range(if scales > 0 { rows.start * pieces } else { 0 }, scales),
-                    )
-                };
-                dispatch!(self.isa(), round_rows(&job, rows, out, scales));
+            let job = Rounding { x, k, pieces, blocks, dtype: w.dtype(), shift: shift(self.isa()), all, all_scales };
+            let per_task = TASK_ELEMENTS.div_ceil(k);
+            self.pool().run(rows.div_ceil(per_task), &|task| {
+                let rows = task * per_task..rows.min((task + 1) * per_task);
+                // Each row belongs to one task.
+                dispatch!(self.isa(), round_rows(&job, rows));
             });
             run(Input::Groups { blocks: &buffers.blocks.as_slice()[..tiles * tile], scales: &buffers.scales[..scales] })
         })
@@ -75,23 +73,26 @@ struct Rounding<'a> {
     blocks: usize,
     dtype: WeightType,
     shift: u8,
+    all: RowsMut<'a, u32>,
+    all_scales: RowsMut<'a, f32>,
 }
 
-/// Rounds some rows into one tile. Generic so that it is compiled for the instruction set of `L`.
+/// Rounds some rows. Generic so that it is compiled for the instruction set of `L`.
 ///
 /// # Safety
-/// The ISA of `L` must be present.
+/// The ISA of `L` must be present; no other thread may work on the same rows.
 #[inline(always)]
-unsafe fn round_rows<L: Lanes>(job: &Rounding<'_>, rows: std::ops::Range<usize>, out: &mut [u32], scales: &mut [f32]) {
-    // SAFETY: four bytes have no invalid bits, and both views have the same length and lifetime.
-    let bytes = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), 4 * out.len()) };
-    for (at, row) in rows.enumerate() {
+unsafe fn round_rows<L: Lanes>(job: &Rounding<'_>, rows: std::ops::Range<usize>) {
+    for row in rows {
         let x = &job.x[row * job.k..(row + 1) * job.k];
         for (piece, x) in x.chunks_exact(job.k / job.pieces).enumerate() {
-            let bytes = &mut bytes[piece * job.blocks * 4 * BLOCK..][..job.blocks * 4 * BLOCK];
-            let lines = bytes.chunks_exact_mut(4 * BLOCK).map(|block| &mut block[at * 64..][..64]);
+            let first = (row / ROWS * job.pieces + piece) * job.blocks * BLOCK + row % ROWS * BLOCK_GROUPS;
+            // SAFETY: a row's lines, one of each block, and its scales are written by the caller alone.
+            let lines = (0..job.blocks).map(|block| unsafe { job.all.range(first + block * BLOCK, BLOCK_GROUPS) });
             if job.dtype == WeightType::Int8 {
-                scales[at * job.pieces + piece] = round_int8(x, job.shift, lines);
+                let scale = round_int8(x, job.shift, lines);
+                // SAFETY: as above.
+                unsafe { job.all_scales.range(row * job.pieces + piece, 1)[0] = scale };
             } else {
                 round_bf16(x, lines);
             }
@@ -100,18 +101,18 @@ unsafe fn round_rows<L: Lanes>(job: &Rounding<'_>, rows: std::ops::Range<usize>,
 }
 
 #[inline(always)]
-fn round_bf16<'a>(x: &[f32], lines: impl Iterator<Item = &'a mut [u8]>) {
-    for (x, line) in x.chunks(32).zip(lines) {
-        line[2 * x.len()..].fill(0);
-        for (x, out) in x.iter().zip(line.chunks_exact_mut(2)) {
-            out.copy_from_slice(&<bf16 as Element>::round(*x).to_bits().to_le_bytes());
-        }
+fn round_bf16<'a>(x: &[f32], lines: impl Iterator<Item = &'a mut [u32]>) {
+    for (x, line) in x.chunks(2 * BLOCK_GROUPS).zip(lines) {
+        // SAFETY: a line of 16 words is one of 32 half words; neither has invalid bits.
+        let line = unsafe { std::slice::from_raw_parts_mut(line.as_mut_ptr().cast::<u16>(), 2 * BLOCK_GROUPS) };
+        line[x.len()..].fill(0);
+        line.iter_mut().zip(x).for_each(|(out, &x)| *out = <bf16 as Element>::round(x).to_bits());
     }
 }
 
 /// Units of `largest / 127`; returns the value of one.
 #[inline(always)]
-fn round_int8<'a>(x: &[f32], shift: u8, lines: impl Iterator<Item = &'a mut [u8]>) -> f32 {
+fn round_int8<'a>(x: &[f32], shift: u8, lines: impl Iterator<Item = &'a mut [u32]>) -> f32 {
     /// Added to a number of small size, it leaves the nearest integer in the low bits.
     const MAGIC: f32 = 12_582_912.0;
     let mut largest = [0.0f32; 16];
@@ -126,11 +127,11 @@ fn round_int8<'a>(x: &[f32], shift: u8, lines: impl Iterator<Item = &'a mut [u8]
     }
     let largest = largest.into_iter().fold(0.0f32, f32::max);
     let per_unit = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    for (x, line) in x.chunks(64).zip(lines) {
+    for (x, line) in x.chunks(4 * BLOCK_GROUPS).zip(lines) {
+        // SAFETY: a line of 16 words is one of 64 bytes; neither has invalid bits.
+        let line = unsafe { std::slice::from_raw_parts_mut(line.as_mut_ptr().cast::<u8>(), 4 * BLOCK_GROUPS) };
         line[x.len()..].fill(shift);
-        for (x, out) in x.iter().zip(line) {
-            *out = (x * per_unit + MAGIC).to_bits() as u8 ^ shift;
-        }
+        line.iter_mut().zip(x).for_each(|(out, x)| *out = (x * per_unit + MAGIC).to_bits() as u8 ^ shift);
     }
     largest / 127.0
 }

@@ -1,4 +1,4 @@
-//! One register tile of a product: up to [`ROWS`] rows times one panel, summed over one piece of k.
+//! Register tiles of a product: up to [`ROWS`] rows times one or two panels, summed over one piece of k.
 
 use super::input::{BLOCK, Input, ROWS};
 use super::{amx, dot};
@@ -22,7 +22,12 @@ impl Tile {
 #[inline(always)]
 pub(super) unsafe fn merge<L: Lanes>(sum: &mut Tile, later: &Tile, count: usize) {
     for (row, later) in sum.0[..count].iter_mut().zip(&later.0) {
-        row.iter_mut().zip(later).for_each(|(y, later)| *y += later);
+        for at in (0..PANEL).step_by(L::WIDTH) {
+            // SAFETY: a panel is a multiple of the widest vector; the caller's promise.
+            unsafe {
+                L::load(row.as_ptr().add(at)).add(L::load(later.as_ptr().add(at))).store(row.as_mut_ptr().add(at))
+            };
+        }
     }
 }
 
@@ -33,41 +38,70 @@ pub(super) struct Part {
     pub(super) first: usize,
     /// Rows, at most [`ROWS`].
     pub(super) count: usize,
+    /// First panel.
     pub(super) panel: usize,
+    /// Panels: one or two.
+    pub(super) panels: usize,
     pub(super) piece: usize,
+    /// The panel before which the caller ends: weights are fetched ahead up to there.
+    pub(super) end: usize,
 }
 
-/// Computes one part into `tile`. On [`Isa::Amx`] the thread must have configured its tile registers.
-pub(super) fn product(isa: Isa, input: Input<'_>, w: &Packed, part: Part, tile: &mut Tile) {
-    let (k, shape) = (w.k(), &w.shape);
+/// Computes one part, a tile for each panel. On [`Isa::Amx`] the thread must have configured its tile registers.
+pub(super) fn product(isa: Isa, input: Input<'_>, w: &Packed, part: Part, tiles: &mut [Tile; 2]) {
+    let (k, depth) = (w.k(), w.shape.piece());
+    let numbers = part.panel..part.panel + part.panels;
     match (input, &w.panels) {
         (Input::F32(x), Panels::F32(panels)) => {
-            let panel = &panels.as_slice()[part.panel * k * PANEL..(part.panel + 1) * k * PANEL];
-            dispatch!(isa, rows(&x[part.first * k..(part.first + part.count) * k], panel, k, part, shape.piece(), tile))
+            let x = &x[part.first * k..(part.first + part.count) * k];
+            for (panel, tile) in numbers.zip(tiles) {
+                dispatch!(isa, rows(x, &panels.as_slice()[panel * k * PANEL..][..k * PANEL], k, part, depth, tile));
+            }
         }
         (Input::F32(x), Panels::Bf16(panels)) => {
-            let panel = &panels.as_slice()[part.panel * k * PANEL..(part.panel + 1) * k * PANEL];
-            dispatch!(isa, rows(&x[part.first * k..(part.first + part.count) * k], panel, k, part, shape.piece(), tile))
-        }
-        (Input::Groups { blocks: x, scales }, Panels::Groups(panels)) => {
-            let blocks = shape.blocks(4 / w.dtype().bytes());
-            let x = &x[(part.first / ROWS * shape.pieces + part.piece) * blocks * BLOCK..][..blocks * BLOCK];
-            let size = blocks * super::BLOCK_WEIGHTS;
-            let weights = &panels.as_slice()[(part.panel * shape.pieces + part.piece) * size..][..size];
-            match (isa, w.dtype()) {
-                (Isa::Amx, dtype) => amx::product(x, weights, dtype, tile),
-                (_, WeightType::Int8) => dot::int8(isa, x, weights, part.count, tile),
-                _ => dot::bf16(x, weights, part.count, tile),
+            let x = &x[part.first * k..(part.first + part.count) * k];
+            for (panel, tile) in numbers.zip(tiles) {
+                dispatch!(isa, rows(x, &panels.as_slice()[panel * k * PANEL..][..k * PANEL], k, part, depth, tile));
             }
+        }
+        (Input::Groups { blocks, scales }, Panels::Groups(panels)) => {
+            groups(isa, blocks, panels.as_slice(), w, part, tiles);
             if w.dtype() == WeightType::Int8 {
-                let at = (part.panel * shape.pieces + part.piece) * PANEL;
-                let shifts = w.shifts.get(at..at + PANEL).unwrap_or(&[0; PANEL]);
-                let columns = &w.scales[part.panel * PANEL..(part.panel + 1) * PANEL];
-                let rows = scales[part.first * shape.pieces..].iter().skip(part.piece).step_by(shape.pieces);
-                dispatch!(isa, scale(tile, part.count, shifts, columns, rows));
+                scale_tiles(isa, scales, w, part, tiles);
             }
         }
         _ => unreachable!("inputs are made for their weights"),
+    }
+}
+
+fn groups(isa: Isa, x: &[u32], weights: &[u32], w: &Packed, part: Part, tiles: &mut [Tile; 2]) {
+    let (pieces, blocks) = (w.shape.pieces, w.shape.blocks(4 / w.dtype().bytes()));
+    let x = &x[(part.first / ROWS * pieces + part.piece) * blocks * BLOCK..][..blocks * BLOCK];
+    let size = blocks * super::BLOCK_WEIGHTS;
+    let of = |panel: usize| &weights[(panel * pieces + part.piece) * size..][..size];
+    if isa == Isa::Amx {
+        let last = part.panel + part.panels - 1;
+        return amx::product(x, [of(part.panel), of(last)], w.dtype(), tiles);
+    }
+    for (panel, tile) in (part.panel..part.panel + part.panels).zip(tiles) {
+        let ahead = (panel * pieces + part.piece + 1) * size;
+        let next = if ahead < part.end * pieces * size { &weights[ahead..ahead + size] } else { &[] };
+        let weights = dot::Weights { piece: of(panel), next };
+        match w.dtype() {
+            WeightType::Int8 => dot::int8(isa, x, weights, part.count, tile),
+            _ => dot::bf16(x, weights, part.count, tile),
+        }
+    }
+}
+
+fn scale_tiles(isa: Isa, scales: &[f32], w: &Packed, part: Part, tiles: &mut [Tile; 2]) {
+    let pieces = w.shape.pieces;
+    for (panel, tile) in (part.panel..part.panel + part.panels).zip(tiles) {
+        let at = (panel * pieces + part.piece) * PANEL;
+        let shifts = w.shifts.get(at..at + PANEL).unwrap_or(&[0; PANEL]);
+        let columns = &w.scales[panel * PANEL..(panel + 1) * PANEL];
+        let rows = scales[part.first * pieces..].iter().skip(part.piece).step_by(pieces);
+        dispatch!(isa, scale(tile, part.count, shifts, columns, rows));
     }
 }
 
