@@ -98,8 +98,8 @@ fn scale_tiles(isa: Isa, scales: &[f32], w: &Packed, part: Part, tiles: &mut [Ti
     let pieces = w.shape.pieces;
     for (panel, tile) in (part.panel..part.panel + part.panels).zip(tiles) {
         let at = (panel * pieces + part.piece) * PANEL;
-        let shifts = w.shifts.get(at..at + PANEL).unwrap_or(&[0; PANEL]);
-        let columns = &w.scales[panel * PANEL..(panel + 1) * PANEL];
+        let shifts = w.shifts[at.min(w.shifts.len())..].first_chunk().unwrap_or(&[0; PANEL]);
+        let columns = w.scales[panel * PANEL..].first_chunk().unwrap_or(&[0.0; PANEL]);
         let rows = scales[part.first * pieces..].iter().skip(part.piece).step_by(pieces);
         dispatch!(isa, scale(tile, part.count, shifts, columns, rows));
     }
@@ -113,13 +113,18 @@ fn scale_tiles(isa: Isa, scales: &[f32], w: &Packed, part: Part, tiles: &mut [Ti
 unsafe fn scale<'a, L: Lanes>(
     tile: &mut Tile,
     count: usize,
-    shifts: &[i32],
-    columns: &[f32],
+    shifts: &[i32; PANEL],
+    columns: &[f32; PANEL],
     rows: impl Iterator<Item = &'a f32>,
 ) {
     for (row, row_scale) in tile.0[..count].iter_mut().zip(rows) {
-        for ((y, shift), scale) in row.iter_mut().zip(shifts).zip(columns) {
-            *y = (y.to_bits() as i32 - shift) as f32 * scale * row_scale;
+        for at in (0..PANEL).step_by(L::WIDTH) {
+            // SAFETY: a panel is a multiple of the widest vector; the caller's promise.
+            unsafe {
+                let sums = L::load_int(row.as_ptr().add(at).cast(), shifts.as_ptr().add(at));
+                let scaled = sums.mul(L::load(columns.as_ptr().add(at))).mul(L::splat(*row_scale));
+                scaled.store(row.as_mut_ptr().add(at));
+            }
         }
     }
 }

@@ -44,6 +44,14 @@ impl Lanes for F32x8 {
         }
     }
     #[inline(always)]
+    unsafe fn load_int(from: *const i32, less: *const i32) -> Self {
+        // SAFETY: above.
+        unsafe {
+            let (from, less) = (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(less.cast()));
+            F32x8(_mm256_cvtepi32_ps(_mm256_sub_epi32(from, less)))
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: above.
         unsafe { _mm256_storeu_ps(to, self.0) }
@@ -85,5 +93,10 @@ impl Lanes for F32x8 {
             let exponent = _mm256_add_epi32(_mm256_cvttps_epi32(self.0), _mm256_set1_epi32(127));
             F32x8(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
         }
+    }
+    #[inline(always)]
+    unsafe fn any_equal(self, other: Self) -> bool {
+        // SAFETY: above.
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(self.0, other.0)) != 0 }
     }
 }

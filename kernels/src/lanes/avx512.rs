@@ -44,6 +44,14 @@ impl Lanes for F32x16 {
         }
     }
     #[inline(always)]
+    unsafe fn load_int(from: *const i32, less: *const i32) -> Self {
+        // SAFETY: above.
+        unsafe {
+            let (from, less) = (_mm512_loadu_si512(from.cast()), _mm512_loadu_si512(less.cast()));
+            F32x16(_mm512_cvtepi32_ps(_mm512_sub_epi32(from, less)))
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: above.
         unsafe { _mm512_storeu_ps(to, self.0) }
@@ -85,5 +93,10 @@ impl Lanes for F32x16 {
             let exponent = _mm512_add_epi32(_mm512_cvttps_epi32(self.0), _mm512_set1_epi32(127));
             F32x16(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
         }
+    }
+    #[inline(always)]
+    unsafe fn any_equal(self, other: Self) -> bool {
+        // SAFETY: above.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(self.0, other.0) != 0 }
     }
 }

@@ -23,6 +23,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// Unaligned load of bf16, widened.
     unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Unaligned loads of whole numbers: `from - less`, wrapping, then rounded to f32.
+    unsafe fn load_int(from: *const i32, less: *const i32) -> Self;
     /// Unaligned store.
     unsafe fn store(self, to: *mut f32);
     /// Sum.
@@ -39,6 +41,9 @@ pub(crate) trait Lanes: Copy {
     unsafe fn min(self, other: Self) -> Self;
     /// 2 to the power of lanes that hold whole numbers from -126 to 127.
     unsafe fn pow2(self) -> Self;
+
+    /// Whether any lane equals the same lane of `other`.
+    unsafe fn any_equal(self, other: Self) -> bool;
 
     /// Sum of all lanes: halves added pairwise.
     #[inline(always)]
@@ -89,7 +94,7 @@ mod tests {
     unsafe fn arithmetic<L: Lanes>() -> Vec<f32> {
         let a: Vec<f32> = (0..16).map(|i| i as f32 - 5.5).collect();
         let halves: Vec<u16> = a.iter().map(|x| half::bf16::from_f32(*x).to_bits()).collect();
-        let mut out = vec![0.0; 16 * 6];
+        let mut out = vec![0.0; 16 * 7];
         // SAFETY: slices hold 16 lanes; dispatch promises the instruction set.
         unsafe {
             for i in (0..16).step_by(L::WIDTH) {
@@ -107,6 +112,12 @@ mod tests {
                     result.store(out.as_mut_ptr().add(16 * row + i));
                 }
             }
+            let whole: Vec<i32> = (0..32).map(|i| i * i * 70_001 - 9).collect();
+            for i in (0..16).step_by(L::WIDTH) {
+                L::load_int(whole.as_ptr().add(i), whole.as_ptr().add(i + 7)).store(out.as_mut_ptr().add(i + 16 * 6));
+            }
+            let last = L::load(a.as_ptr().add(16 - L::WIDTH));
+            out.extend([9.5, 9.0].map(|x| f32::from(u8::from(last.any_equal(L::splat(x))))));
             out.push(L::load(a.as_ptr()).reduce_sum() / L::WIDTH as f32 - L::WIDTH as f32 / 2.0);
         }
         out

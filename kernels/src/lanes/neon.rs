@@ -31,6 +31,11 @@ impl Lanes for F32x4 {
         unsafe { F32x4(vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from)))) }
     }
     #[inline(always)]
+    unsafe fn load_int(from: *const i32, less: *const i32) -> Self {
+        // SAFETY: above.
+        unsafe { F32x4(vcvtq_f32_s32(vsubq_s32(vld1q_s32(from), vld1q_s32(less)))) }
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: above.
         unsafe { vst1q_f32(to, self.0) }
@@ -72,5 +77,10 @@ impl Lanes for F32x4 {
             let exponent = vaddq_s32(vcvtq_s32_f32(self.0), vdupq_n_s32(127));
             F32x4(vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent)))
         }
+    }
+    #[inline(always)]
+    unsafe fn any_equal(self, other: Self) -> bool {
+        // SAFETY: above.
+        unsafe { vmaxvq_u32(vceqq_f32(self.0, other.0)) != 0 }
     }
 }

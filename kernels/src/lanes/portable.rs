@@ -39,6 +39,13 @@ impl Lanes for F32s {
         F32s(bits.map(|b| bf16::from_bits(b).to_f32()))
     }
     #[inline(always)]
+    unsafe fn load_int(from: *const i32, less: *const i32) -> Self {
+        // SAFETY: the caller's promise.
+        let (from, less) =
+            unsafe { (from.cast::<[i32; WIDTH]>().read_unaligned(), less.cast::<[i32; WIDTH]>().read_unaligned()) };
+        F32s(std::array::from_fn(|i| from[i].wrapping_sub(less[i]) as f32))
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { to.cast::<[f32; WIDTH]>().write_unaligned(self.0) }
@@ -71,5 +78,9 @@ impl Lanes for F32s {
     #[inline(always)]
     unsafe fn pow2(self) -> Self {
         F32s(self.0.map(|x| f32::from_bits(((x as i32 + 127) as u32) << 23)))
+    }
+    #[inline(always)]
+    unsafe fn any_equal(self, other: Self) -> bool {
+        self.0.iter().zip(other.0).fold(false, |any, (&a, b)| any | (a == b))
     }
 }

@@ -170,7 +170,8 @@ unsafe fn reduce<L: Lanes>(logits: &[f32], first: u32, bans: &TileBans<'_>, draw
     x.0[bans.vocab..].fill(f32::NEG_INFINITY);
     // SAFETY: the caller's promise.
     let (top, second) = unsafe { top_two::<L>(&x) };
-    let best = find(&x.0, &x.0, top, first);
+    // SAFETY: the caller's promise.
+    let best = unsafe { find::<L>(&x.0, &x.0, top, first) };
     let mut chosen = best;
     if draw.temperature > 0.0 {
         let noise = Noise::new(draw.key);
@@ -180,8 +181,7 @@ unsafe fn reduce<L: Lanes>(logits: &[f32], first: u32, bans: &TileBans<'_>, draw
             *score = if x == f32::NEG_INFINITY { x } else { noisy };
         }
         // SAFETY: the caller's promise.
-        let (top, _) = unsafe { top_two::<L>(&scores) };
-        chosen = find(&scores.0, &x.0, top, first);
+        chosen = unsafe { find::<L>(&scores.0, &x.0, top_two::<L>(&scores).0, first) };
     }
     Partial { max, sum_exp, sum_x_exp, best, second, chosen }
 }
@@ -190,14 +190,17 @@ unsafe fn reduce<L: Lanes>(logits: &[f32], first: u32, bans: &TileBans<'_>, draw
 struct Buffer([f32; TILE]);
 
 /// The lowest id whose score is `top`.
+///
+/// # Safety
+/// The ISA of `L` must be present.
 #[inline(always)]
-fn find(scores: &[f32; TILE], logits: &[f32; TILE], top: f32, first: u32) -> Winner {
+unsafe fn find<L: Lanes>(scores: &[f32; TILE], logits: &[f32; TILE], top: f32, first: u32) -> Winner {
     if top == f32::NEG_INFINITY {
         return Winner::NONE;
     }
-    // Whole chunks first: their comparison vectorises.
-    let chunk = scores.chunks_exact(CHUNK).position(|chunk| chunk.iter().fold(false, |hit, &s| hit | (s == top)));
-    let start = chunk.unwrap_or(0) * CHUNK;
+    // SAFETY: offsets stay below TILE, a multiple of WIDTH; the caller's promise.
+    let holds = |&at: &usize| unsafe { L::load(scores.as_ptr().add(at)).any_equal(L::splat(top)) };
+    let start = (0..TILE).step_by(L::WIDTH).find(holds).unwrap_or(0);
     let at = start + scores[start..].iter().position(|&s| s == top).unwrap_or(0);
     Winner { score: top, id: first + at as u32, logit: logits[at] }
 }
