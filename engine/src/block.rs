@@ -18,6 +18,8 @@ pub struct OpenBlock {
     pub step: u32,
     /// Masks the block opened with.
     pub masks_at_start: u32,
+    /// Whether its first position was scored by a row before the block.
+    given: bool,
     /// Denoise passes since the last mask fell.
     post_steps: u32,
     trace: BlockTrace,
@@ -47,10 +49,23 @@ impl OpenBlock {
             masked,
             prompt_len: prompt.len(),
             step: 0,
+            given: false,
             masks_at_start: (len - prompt.len()) as u32,
             post_steps: 0,
             trace: BlockTrace { first_position: start, ..BlockTrace::default() },
         }
+    }
+
+    /// Fills the first position with what a row before the block says, in a pass that was no denoise pass.
+    pub fn reveal_first(&mut self, candidate: &Candidate) {
+        let &Candidate { token, confidence, .. } = candidate;
+        (self.tokens[0], self.masked[0], self.given) = (token, false, true);
+        self.trace.fills.push(Fill { position: self.start, token, pass: -1, confidence });
+    }
+
+    /// Passes that decided something in it.
+    pub fn passes(&self) -> u32 {
+        self.step + u32::from(self.given)
     }
 
     /// Rows of the block.

@@ -13,7 +13,7 @@ use std::cmp::Reverse;
 /// Steps without rows after which a request goes before all others of its priority (steps).
 pub const WAIT_STEPS_MAX: u64 = 16;
 /// While prompts wait, one row in this many is kept for them.
-const PROMPT_SHARE: u32 = 4;
+pub(crate) const PROMPT_SHARE: u32 = 4;
 
 /// What one request could use in the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

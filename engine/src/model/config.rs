@@ -184,7 +184,7 @@ impl ModelConfig {
 
     /// Whether block diffusion policies are sound.
     pub fn can_diffuse(&self) -> bool {
-        self.family.diffuses() && self.mask_id.is_some() && !self.shift && self.open_reach != Reach::Bidirectional
+        self.family.diffuses() && self.mask_id.is_some()
     }
 
     /// Every value with its origin.

@@ -1,8 +1,9 @@
 //! Whether a request can be honoured, and how much it needs.
 
 use super::Limits;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Reach};
 use crate::pages::Pages;
+use crate::plan::PROMPT_SHARE;
 use crate::policy::Policy;
 use crate::request::{BLOCK_SIZE_MAX, Ends, Invalid, POSITIONS_MAX, Refusal, Request, STOP_IDS_MAX};
 
@@ -101,6 +102,18 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         "policy",
         format!("{} was not trained to edit: joint_edit is not available", config.name),
     );
+    require(
+        !(settings.policy.edits() && config.shift),
+        "policy",
+        format!("{} scores a position by the row before it: joint_edit is not available", config.name),
+    );
+    // Every pass takes all rows of such a request, and prompts of others keep their share of a step.
+    let (canvas, most) = (canvas_end(request, config), limits.rows_max - limits.rows_max / PROMPT_SHARE);
+    require(
+        config.open_reach != Reach::Bidirectional || canvas <= most,
+        "max_tokens",
+        format!("{canvas} positions are computed in every pass of {}: at most {most} fit a step", config.name),
+    );
     found.extend(settings.policy.violations(size.max(1)));
 }
 
@@ -114,10 +127,17 @@ pub(super) fn block_size(request: &Request) -> u32 {
     if request.settings.policy == Policy::Autoregressive { 1 } else { request.settings.block_size }
 }
 
+/// Where the first block begins: families that read everything at once count blocks from the end of the prompt.
+pub(super) fn origin(request: &Request, config: &ModelConfig) -> u32 {
+    let from_prompt = config.open_reach == Reach::Bidirectional && request.settings.policy != Policy::Autoregressive;
+    if from_prompt { request.prompt.len() as u32 } else { 0 }
+}
+
 /// One past the last position the request can touch.
 pub(super) fn canvas_end(request: &Request, config: &ModelConfig) -> u32 {
-    let end = request.prompt.len() as u32 + request.settings.max_tokens;
-    if ends(request, config).whole_last_block { end.next_multiple_of(block_size(request)) } else { end }
+    let (end, origin) = (request.prompt.len() as u32 + request.settings.max_tokens, origin(request, config));
+    let whole = ends(request, config).whole_last_block;
+    if whole { origin + (end - origin).next_multiple_of(block_size(request)) } else { end }
 }
 
 /// Pages the request can come to hold.

@@ -1,15 +1,14 @@
 //! One request's life: its state, the rows it needs, what a pass makes of it.
 
-use super::{Batch, admission};
+use super::admission;
 use crate::block::{OpenBlock, Progress};
 use crate::draw::{Purpose, key};
-use crate::model::{Model, Reach, row_end};
-use crate::plan::{Grant, Need};
+use crate::model::{Model, Reach};
+use crate::plan::Grant;
 use crate::policy::{Candidate, Change, Policy, decide};
 use crate::prefix::Chain;
 use crate::request::{BlockTrace, Ends, Event, Fill, Reason, Request};
 use std::cmp::Reverse;
-use unmask_kernels::{Draw, Row};
 
 /// Where a request stands. Kept rows `[kept, ..)` are those whose final keys and values are still to come.
 #[derive(Debug)]
@@ -20,6 +19,9 @@ pub(super) enum State {
     Prefill { next: u32 },
     /// A block is open. Rows of the block before it, from `store` on, ride along with its first pass.
     Denoise { block: OpenBlock, store: Option<u32> },
+    /// Of shifted families: kept rows from `next` on are computed by themselves, since the last of them scores the
+    /// first position of the block that opens then.
+    Store { next: u32 },
     /// Autoregressive: rows from `next` on are to be computed, the last one scores the next position.
     Decode { next: u32 },
     /// Over; rows before `kept` were kept.
@@ -39,21 +41,25 @@ pub(super) struct Life {
     /// Number of the step that last carried its rows, or in which it could not run.
     pub(super) last_step: u64,
     pub(super) state: State,
-    arrival: u64,
+    pub(super) arrival: u64,
     /// Prompt and everything committed.
     pub(super) tokens: Vec<u32>,
     /// Names of its pages.
     pub(super) chain: Chain,
     /// Leading pages that others may find.
     pub(super) published: usize,
-    kept_reach: Reach,
-    open_reach: Reach,
+    pub(super) kept_reach: Reach,
+    pub(super) open_reach: Reach,
+    /// Row i scores position i + 1, also in open blocks.
+    pub(super) shift: bool,
     ends: Ends,
+    /// Where the first block begins: 0, or the end of the prompt.
+    pub(super) origin: u32,
     pub(super) block_size: u32,
     pub(super) canvas_end: u32,
     /// End-of-sequence ids of the model; none for raw requests, whose stop ids say it all.
     eos_ids: Vec<u32>,
-    mask_id: u32,
+    pub(super) mask_id: u32,
     /// Passes that decided tokens.
     pub(super) nfe: u32,
     /// Denoise or decode passes of this run, the index that traces give.
@@ -79,7 +85,8 @@ impl Life {
         let prompt_len = request.prompt.len() as u32;
         // What an earlier run committed counts only in whole blocks: the rest is decoded again.
         let end = prompt_len + request.committed.len() as u32;
-        let boundary = (end - end % block_size).max(prompt_len);
+        let origin = admission::origin(&request, config);
+        let boundary = (end - (end - origin.min(end)) % block_size).max(prompt_len);
         let mut tokens = request.prompt.clone();
         tokens.extend(&request.committed[..(boundary - prompt_len) as usize]);
         let kept_reach = if autoregressive { Reach::Causal } else { config.kept_reach };
@@ -102,7 +109,9 @@ impl Life {
             arrival,
             tokens,
             kept_reach,
-            open_reach: config.open_reach,
+            open_reach: if autoregressive { Reach::Causal } else { config.open_reach },
+            shift: config.shift && !autoregressive,
+            origin,
             block_size,
             eos_ids: if request.raw { Vec::new() } else { config.eos_ids.clone() },
             mask_id: config.mask_id.unwrap_or(0),
@@ -130,7 +139,17 @@ impl Life {
     /// First position of the block that holds the next undecided position.
     pub(super) fn block_start(&self) -> u32 {
         let len = self.tokens.len() as u32;
-        len - len % self.block_size
+        len - (len - self.origin) % self.block_size
+    }
+
+    /// Whether every pass computes the whole canvas, because each row attends to all of it.
+    pub(super) fn whole(&self) -> bool {
+        self.open_reach == Reach::Bidirectional
+    }
+
+    /// Whether the first position of the block to open is scored by the last kept row.
+    pub(super) fn stores_first(&self) -> bool {
+        self.shift && !self.whole() && self.block_start() == self.tokens.len() as u32
     }
 
     pub(super) fn open_block(&self) -> OpenBlock {
@@ -143,7 +162,8 @@ impl Life {
     pub(super) fn kept(&self) -> u32 {
         match &self.state {
             State::Queued => 0,
-            State::Prefill { next } | State::Decode { next } => *next,
+            State::Prefill { next } | State::Decode { next } | State::Store { next } => *next,
+            State::Denoise { .. } if self.whole() => 0,
             State::Denoise { block, store } => store.unwrap_or(block.start),
             State::Finished { kept } => *kept,
         }
@@ -152,83 +172,6 @@ impl Life {
     /// Rows not yet done.
     pub(super) fn outstanding(&self) -> u64 {
         u64::from(self.canvas_end.saturating_sub(self.kept()))
-    }
-
-    /// What the next step could do for this request.
-    pub(super) fn need(&self, step: u64) -> Need {
-        let granule = if self.kept_reach == Reach::Causal { 1 } else { self.block_size };
-        let base = Need {
-            priority: self.request.priority,
-            deadline: self.request.deadline.unwrap_or(u64::MAX),
-            arrival: self.arrival,
-            waited: step.saturating_sub(self.last_step + 1),
-            kept: 0,
-            granule,
-            open: 0,
-            splits: false,
-        };
-        let len = self.tokens.len() as u32;
-        match &self.state {
-            State::Prefill { next } if self.autoregressive() => Need { kept: len - next, splits: true, ..base },
-            State::Prefill { next } => {
-                let start = self.block_start();
-                let open = self.block_size.min(self.canvas_end - start);
-                Need { kept: start - next, open, splits: true, ..base }
-            }
-            State::Denoise { block, store } => {
-                Need { kept: store.map_or(0, |from| block.start - from), open: block.len() as u32, ..base }
-            }
-            State::Decode { next } => Need { kept: len - next, ..base },
-            State::Queued | State::Finished { .. } => base,
-        }
-    }
-
-    /// Appends the granted rows to the batch, and opens the first block when the prompt's last rows are among them.
-    pub(super) fn push_rows(&mut self, grant: Grant, sequence: u32, batch: &mut Batch) {
-        if let (State::Prefill { next }, true) = (&self.state, grant.open) {
-            let next = *next;
-            self.state = if self.autoregressive() {
-                State::Decode { next }
-            } else {
-                State::Denoise { block: self.open_block(), store: Some(next) }
-            };
-        }
-        let from = self.kept();
-        for position in from..from + grant.kept {
-            let end = row_end(self.kept_reach, position, self.block_size, self.canvas_end);
-            batch.ids.push(self.tokens[position as usize]);
-            batch.rows.push(Row { sequence, position, end });
-        }
-        match &self.state {
-            State::Denoise { block, .. } if grant.open => self.push_open_rows(block, sequence, batch),
-            State::Decode { .. } => {
-                batch.outputs.push(batch.rows.len() as u32 - 1);
-                batch.draws.push(self.draw(self.tokens.len() as u32, 0));
-            }
-            _ => {}
-        }
-    }
-
-    fn push_open_rows(&self, block: &OpenBlock, sequence: u32, batch: &mut Batch) {
-        let policy = &self.request.settings.policy;
-        let block_end = block.start + block.len() as u32;
-        for (i, position) in (block.start..block_end).enumerate() {
-            let end = match self.open_reach {
-                Reach::Causal => position + 1,
-                Reach::Block | Reach::Bidirectional => block_end,
-            };
-            if block.can_change(i, policy) {
-                batch.outputs.push(batch.rows.len() as u32);
-                batch.draws.push(self.draw(position, block.step));
-            }
-            batch.ids.push(if block.masked[i] { self.mask_id } else { block.tokens[i] });
-            batch.rows.push(Row { sequence, position, end });
-        }
-    }
-
-    fn draw(&self, position: u32, step: u32) -> Draw {
-        let sampling = &self.request.settings.sampling;
-        Draw { temperature: sampling.temperature, key: key(sampling.seed, Purpose::Token, position, step) }
     }
 
     fn is_stop(&self, token: u32) -> bool {
@@ -254,6 +197,7 @@ impl Life {
                 *next += grant.kept;
                 return self.advance_decode(candidates, events);
             }
+            State::Store { .. } => return self.advance_store(candidates, events),
             State::Denoise { store, .. } => *store = None,
             State::Queued | State::Finished { .. } => return None,
         }
@@ -278,6 +222,20 @@ impl Life {
             events.push(Event::Trace { id: self.request.id, trace });
         }
         self.commit(position, &[token], 1, events).or_else(|| self.capped())
+    }
+
+    /// Opens the next block with the token that the last stored row gives for its first position.
+    fn advance_store(&mut self, candidates: &[Candidate], events: &mut Vec<Event>) -> Option<Reason> {
+        let candidate = candidates.first()?;
+        let mut block = self.open_block();
+        block.reveal_first(candidate);
+        self.nfe += 1;
+        let last = block.len() == 1;
+        self.state = State::Denoise { block, store: None };
+        if last || (self.ends.at_first_stop && self.is_stop(candidate.token)) {
+            return self.finish_block(true, events);
+        }
+        self.capped()
     }
 
     fn advance_denoise(
@@ -342,7 +300,7 @@ impl Life {
     fn finish_block(&mut self, changed: bool, events: &mut Vec<Event>) -> Option<Reason> {
         let over = State::Finished { kept: self.block_start() };
         let State::Denoise { block, .. } = std::mem::replace(&mut self.state, over) else { return None };
-        let (start, steps) = (block.start, block.step);
+        let (start, steps) = (block.start, block.passes());
         // Masks can be left only behind a stop token, where nothing is read.
         let first_mask = block.masked.iter().position(|&m| m).unwrap_or(block.len());
         let fresh = block.tokens[block.prompt_len..first_mask].to_vec();
@@ -354,9 +312,13 @@ impl Life {
         if over.is_some() {
             return over;
         }
+        if self.stores_first() {
+            self.state = State::Store { next: start };
+            return self.capped();
+        }
         // The last pass saw the final tokens only if it changed nothing; then, where kept rows reach as far as
         // open ones, their keys and values stand.
-        let stands = !changed && self.kept_reach == self.open_reach;
+        let stands = self.whole() || (!changed && self.kept_reach == self.open_reach);
         self.state = State::Denoise { block: self.open_block(), store: (!stands).then_some(start) };
         self.capped()
     }

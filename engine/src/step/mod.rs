@@ -5,6 +5,7 @@
 mod admission;
 mod holding;
 mod life;
+mod rows;
 mod schedule;
 
 use crate::group::wire::Pass;

@@ -11,6 +11,7 @@ use crate::pack::{BLOCK_GROUPS, PANEL};
 #[derive(Clone, Copy)]
 pub(super) struct Weights<'a> {
     pub(super) piece: &'a [u32],
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(super) next: &'a [u32],
 }
 
