@@ -1,11 +1,14 @@
 //! Softmax attention of each row over the cached slots `[0, end)` of its sequence.
 //!
 //! One kernel serves prefill, denoise, store and autoregressive rows: online softmax (Milakov and Gimelshein 2018) page
-//! by page at absolute page boundaries. Rows of one sequence and the query heads of one key/value head share the loads
-//! of a page; the arithmetic of a query is the same whatever it shares them with.
+//! by page at absolute page boundaries, in runs of [`SPLIT_SLOTS`] slots whose results are merged in order ("Flash-
+//! Decoding", Dao et al. 2023). Where few rows attend far, runs are tasks of their own. Rows of one sequence and the query
+//! heads of one key/value head share the loads of a page; the arithmetic of a query is the same whatever it shares.
 
 // Register tiles are arrays indexed by query and vector.
 #![allow(clippy::needless_range_loop)]
+
+mod split;
 
 use half::bf16;
 
@@ -14,12 +17,19 @@ use crate::exp::{exp, largest};
 use crate::kv::{Element, HEAD_DIM_MAX, HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
 use crate::lanes::*;
 use crate::rows::RowsMut;
+use std::ops::Range;
 
 /// Rows per task; tiles start at multiples of it.
 const TILE_ROWS: usize = 8;
 
 /// Queries that share the loads of a page.
 const QUERIES_MAX: usize = 8;
+
+/// Slots that are attended to on their own, then merged with those before them. A multiple of [`PAGE_SLOTS`].
+const SPLIT_SLOTS: usize = 1024;
+
+/// With fewer tasks than this for each thread, runs of slots become tasks.
+const TASKS_PER_THREAD: usize = 4;
 
 /// Elements that the loops handle at once: the widest vector of any ISA.
 const CHUNK: usize = 16;
@@ -46,6 +56,8 @@ struct State {
     weights: [[f32; PAGE_SLOTS]; QUERIES_MAX],
     max: [f32; CHUNK],
     total: [f32; QUERIES_MAX],
+    /// Per query what earlier runs of slots gave: sums, maximum, total.
+    merged: [f32; QUERIES_MAX * split::WIDTH_MAX],
 }
 
 impl Cpu {
@@ -66,11 +78,17 @@ impl Cpu {
         assert_eq!(qkv.len(), rows.rows.len() * shape.qkv_width(), "qkv must hold one row per entry of the table");
         assert_eq!(out.len(), rows.rows.len() * shape.out_width(), "out must hold one row per entry of the table");
         let tiles = rows.rows.len().div_ceil(TILE_ROWS);
+        let longest = rows.rows.iter().map(|row| row.end as usize).max().unwrap_or(0);
+        let (tasks, splits) = (tiles * shape.kv_heads, longest.div_ceil(SPLIT_SLOTS));
         let job = Attention { qkv, shape: *shape, rows: *rows, layer, kv, out: RowsMut::new(out) };
+        if splits > 1 && tasks < TASKS_PER_THREAD * self.pool().threads() {
+            return self.attend_in_splits(&job, tasks, splits);
+        }
         let isa = self.isa();
-        self.pool().run(tiles * shape.kv_heads, &|task| {
+        self.pool().run(tasks, &|task| {
             let (tile, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-            dispatch!(isa, run_tile(&job, tile, kv_head))
+            let sink = Sink::Output;
+            dispatch!(isa, run_tile(&job, tile, kv_head, 0..splits, &sink))
         });
     }
 }
@@ -78,19 +96,20 @@ impl Cpu {
 /// # Safety
 /// The ISA of `L` must be present, and no other thread may work on the same tile and head.
 #[inline(always)]
-unsafe fn run_tile<L: Lanes>(job: &Attention<'_>, tile: usize, kv_head: usize) {
+unsafe fn run_tile<L: Lanes>(job: &Attention<'_>, tile: usize, kv_head: usize, splits: Range<usize>, sink: &Sink<'_>) {
     let rows = job.rows.rows;
     let end = rows.len().min((tile + 1) * TILE_ROWS);
     let mut first = tile * TILE_ROWS;
-    let mut state = State { sums: [0.0; _], weights: [[0.0; _]; _], max: [0.0; _], total: [0.0; _] };
+    let mut state = State { sums: [0.0; _], weights: [[0.0; _]; _], max: [0.0; _], total: [0.0; _], merged: [0.0; _] };
     while first < end {
         let sequence = rows[first].sequence;
         let count = rows[first..end].iter().take_while(|row| row.sequence == sequence).count();
+        let group = Group { job, first, kv_head, query: 0, splits: splits.clone(), sink };
         // SAFETY: the caller's promise.
         unsafe {
             match job.kv.dtype() {
-                KvType::F32 => run_sequence::<L, f32>(job, first, count, kv_head, &mut state),
-                KvType::Bf16 => run_sequence::<L, bf16>(job, first, count, kv_head, &mut state),
+                KvType::F32 => run_sequence::<L, f32>(group, count, &mut state),
+                KvType::Bf16 => run_sequence::<L, bf16>(group, count, &mut state),
             }
         }
         first += count;
@@ -102,30 +121,30 @@ unsafe fn run_tile<L: Lanes>(job: &Attention<'_>, tile: usize, kv_head: usize) {
 /// # Safety
 /// As [`run_tile`]; `E` must be the cache's element.
 #[inline(always)]
-unsafe fn run_sequence<L: Lanes, E: Element>(
-    job: &Attention<'_>,
-    first: usize,
-    count: usize,
-    kv_head: usize,
-    state: &mut State,
-) {
+unsafe fn run_sequence<L: Lanes, E: Element>(mut group: Group<'_>, count: usize, state: &mut State) {
     // 8 queries by 2 vectors of scores fit 32 vector registers, 4 by 2 fit 16.
     let at_once = if L::WIDTH >= CHUNK { 8 } else { 4 };
-    let total = count * job.shape.group();
-    let mut done = 0;
-    while done < total {
-        let left = (total - done).min(at_once);
-        let group = Group { job, first, kv_head, query: done };
+    let total = count * group.job.shape.group();
+    while group.query < total {
+        let left = (total - group.query).min(at_once);
         // SAFETY: the caller's promise.
-        unsafe {
-            done += match left {
+        group.query += unsafe {
+            match left {
                 8.. => group.run::<L, E, 8>(state),
                 4.. => group.run::<L, E, 4>(state),
                 2.. => group.run::<L, E, 2>(state),
                 _ => group.run::<L, E, 1>(state),
-            };
-        }
+            }
+        };
     }
+}
+
+/// Where the result of a run of slots goes.
+enum Sink<'a> {
+    /// All runs are merged in turn and written out.
+    Output,
+    /// The one run is left for others to merge.
+    Parts(split::Parts<'a>),
 }
 
 /// Consecutive queries of one sequence and key/value head, counted row by row from row `first`.
@@ -134,6 +153,9 @@ struct Group<'a> {
     first: usize,
     kv_head: usize,
     query: usize,
+    /// Runs of [`SPLIT_SLOTS`] slots to attend to.
+    splits: Range<usize>,
+    sink: &'a Sink<'a>,
 }
 
 impl Group<'_> {
@@ -156,19 +178,53 @@ impl Group<'_> {
         &self.job.qkv[row * shape.qkv_width() + head * shape.head_dim..][..shape.head_dim]
     }
 
-    /// Attends with `Q` queries over all their pages; returns `Q`.
+    /// Attends with `Q` queries over their pages in the group's runs; returns `Q`.
     #[inline(always)]
     unsafe fn run<L: Lanes, E: Element, const Q: usize>(&self, state: &mut State) -> usize {
+        let dims = self.job.shape.head_dim;
+        let ends: [usize; Q] = std::array::from_fn(|i| self.row(i).end as usize);
+        let last = ends.iter().copied().max().unwrap_or(0).div_ceil(SPLIT_SLOTS);
+        for split in self.splits.start..self.splits.end.min(last) {
+            // SAFETY: the caller's promise.
+            unsafe { self.attend::<L, E, Q>(&ends, split, state) };
+            for i in 0..Q {
+                let (row, head) = self.locate(i);
+                let sums = &state.sums[i * dims.next_multiple_of(CHUNK)..][..dims];
+                match self.sink {
+                    // SAFETY: rows, heads and runs of different tasks do not overlap; the ISA is present.
+                    Sink::Parts(parts) => unsafe { parts.put(row, head, split, (sums, state.max[i], state.total[i])) },
+                    Sink::Output => {
+                        let merged = &mut state.merged[i * split::WIDTH_MAX..][..split::width(dims)];
+                        // SAFETY: the caller's promise.
+                        unsafe { split::merge::<L>(merged, split == 0, (sums, state.max[i], state.total[i])) };
+                    }
+                }
+            }
+        }
+        if let Sink::Output = self.sink {
+            for i in 0..Q {
+                let (row, head) = self.locate(i);
+                // SAFETY: rows and heads of different tasks do not overlap.
+                let out = unsafe { self.job.out.range(row * self.job.shape.out_width() + head * dims, dims) };
+                split::finish(&state.merged[i * split::WIDTH_MAX..][..split::width(dims)], out);
+            }
+        }
+        Q
+    }
+
+    /// Attends with `Q` queries, which reach to `ends`, to one run of slots.
+    #[inline(always)]
+    unsafe fn attend<L: Lanes, E: Element, const Q: usize>(&self, ends: &[usize; Q], split: usize, state: &mut State) {
         let (job, dims) = (self.job, self.job.shape.head_dim);
         let stride = dims.next_multiple_of(CHUNK);
         let sources: [&[f32]; Q] = std::array::from_fn(|i| self.source(i));
-        let ends: [usize; Q] = std::array::from_fn(|i| self.row(i).end as usize);
         let table = job.rows.tables[self.row(0).sequence as usize];
         state.sums[..Q * stride].fill(0.0);
         state.max = [f32::NEG_INFINITY; CHUNK];
         state.total = [0.0; QUERIES_MAX];
-        let last = ends.iter().copied().max().unwrap_or(0);
-        for (index, &page) in table[..last.div_ceil(PAGE_SLOTS)].iter().enumerate() {
+        let last = ends.iter().copied().max().unwrap_or(0).min((split + 1) * SPLIT_SLOTS);
+        let pages = split * SPLIT_SLOTS / PAGE_SLOTS..last.div_ceil(PAGE_SLOTS);
+        for (index, &page) in pages.clone().zip(&table[pages]) {
             let (keys, values) = job.kv.block::<E>(job.layer, page as usize, self.kv_head);
             let slots = ends.map(|end| end.saturating_sub(index * PAGE_SLOTS).min(PAGE_SLOTS));
             // SAFETY: `block` hands out whole pages, sources are `head_dim` long, the ISA is present.
@@ -182,16 +238,6 @@ impl Group<'_> {
                 }
             }
         }
-        for i in 0..Q {
-            let (row, head) = self.locate(i);
-            // SAFETY: rows and heads of different tasks do not overlap.
-            let out = unsafe { job.out.range(row * job.shape.out_width() + head * dims, dims) };
-            let scale = 1.0 / state.total[i];
-            for (out, &sum) in out.iter_mut().zip(&state.sums[i * stride..][..dims]) {
-                *out = sum * scale;
-            }
-        }
-        Q
     }
 }
 

@@ -33,7 +33,7 @@ const VOCAB: usize = 1500;
 const ROWS: usize = 20;
 const HEADS: HeadShape = HeadShape { heads: 4, kv_heads: 2, head_dim: 32 };
 /// Pages of the only sequence: more keys than one chunk of attention.
-const PAGES: u32 = 40;
+const PAGES: u32 = 80;
 
 #[test]
 fn operations_take_no_memory_once_their_buffers_have_grown() {

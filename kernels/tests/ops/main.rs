@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod long_context;
 mod vocabulary;
 
 use proptest::prelude::*;
