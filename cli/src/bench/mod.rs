@@ -2,6 +2,7 @@
 //!
 //! - [`roof`]: what the machine can do at most
 //! - [`step`], [`shapes`]: one forward pass against that, operation by operation
+//! - [`streams`]: many requests in one engine against that
 //! - [`serve`]: the whole path under load
 //! - [`machine`], [`memory`]: what a measurement ran on, and what it held
 
@@ -11,6 +12,7 @@ pub mod roof;
 pub mod serve;
 pub mod shapes;
 pub mod step;
+pub mod streams;
 
 use clap::{Args, Subcommand};
 use std::process::ExitCode;
@@ -32,6 +34,9 @@ pub enum BenchCommand {
     /// Measure forward passes against the machine's roof
     #[command(after_help = step::EXAMPLES)]
     Step(step::StepArgs),
+    /// Measure many requests in one engine against the bare forward pass of as many rows
+    #[command(after_help = streams::EXAMPLES)]
+    Streams(streams::StreamsArgs),
     /// Serving: latency, throughput and goodput from client to worker
     #[command(after_help = serve::args::EXAMPLES)]
     Serve(serve::args::ServeArgs),
@@ -45,6 +50,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     match args.what {
         BenchCommand::Roof(args) => roof::run(&args),
         BenchCommand::Step(args) => step::run(&args),
+        BenchCommand::Streams(args) => streams::run(&args),
         BenchCommand::Serve(args) => serve::run(args),
     }
 }

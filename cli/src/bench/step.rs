@@ -22,7 +22,7 @@ use unmask_engine::{LoadOptions, Model, ModelConfig};
 use unmask_kernels::{Bans, Draw, Isa, KvType, PAGE_SLOTS, Record, Row, RowTable, WeightType};
 
 /// Rows of one sequence: a block. More rows are more sequences.
-const BLOCK: usize = 16;
+pub(super) const BLOCK: usize = 16;
 /// Steps measured for each row of the table: at least, and until this time is used up.
 const STEPS_MIN: usize = 7;
 const STEPS_MAX: usize = 301;
@@ -147,7 +147,7 @@ pub fn run(args: &StepArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Buffers of the measured steps.
-struct Scene<'a> {
+pub(super) struct Scene<'a> {
     model: &'a Model,
     kv: unmask_kernels::KvCache,
     scratch: unmask_engine::model::Scratch,
@@ -176,7 +176,7 @@ impl Link for Clock {
 }
 
 impl<'a> Scene<'a> {
-    fn new(model: &'a Model, rows: u32, context: u32) -> Self {
+    pub(super) fn new(model: &'a Model, rows: u32, context: u32) -> Self {
         let sequences = (rows as usize).div_ceil(BLOCK);
         let pages = (context as usize + BLOCK).div_ceil(PAGE_SLOTS);
         let table = |sequence| (sequence * pages..(sequence + 1) * pages).map(|page| page as u32).collect();
@@ -217,7 +217,7 @@ impl<'a> Scene<'a> {
     }
 
     /// A block's records may not depend on the blocks beside it (I4).
-    fn check(&mut self) -> anyhow::Result<()> {
+    pub(super) fn check(&mut self) -> anyhow::Result<()> {
         let (mut alone, mut together) = (Vec::new(), Vec::new());
         let all = self.tables.len() * BLOCK;
         let rows = BLOCK.min(self.scratch.rows_max());
@@ -228,7 +228,8 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    fn measure(&mut self, rows: usize) -> (Vec<f64>, Vec<BTreeMap<Operation, Duration>>) {
+    /// Times of steps (milliseconds), and of their operations.
+    pub(super) fn measure(&mut self, rows: usize) -> (Vec<f64>, Vec<BTreeMap<Operation, Duration>>) {
         let mut records = Vec::new();
         self.step(rows, &mut records);
         let (begun, mut times, mut spent) = (Instant::now(), Vec::new(), Vec::new());
@@ -323,7 +324,7 @@ fn quantile(values: &[f64], share: f64) -> f64 {
     values.get(((values.len().max(1) - 1) as f64 * share).round() as usize).copied().unwrap_or(f64::NAN)
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
     quantile(&values.collect::<Vec<_>>(), 0.5)
 }
 
