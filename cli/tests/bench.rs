@@ -44,6 +44,41 @@ fn counts(run: &Value) -> [u64; 4] {
     [count("due"), count("ok"), failed, count("shed")]
 }
 
+fn json(command: &str) -> Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_unmask")).args(command.split(' ')).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_step_is_the_sum_of_its_operations() {
+    let all =
+        json("bench step --shape models/python-tasks-3m --dtype bf16,int8 --rows 1,16 --context 16 --threads 2 --json");
+    let all = all.as_array().unwrap();
+    let kinds: Vec<_> = all.iter().map(|m| (m["dtype"].as_str().unwrap(), m["rows"].as_u64().unwrap())).collect();
+    assert_eq!(kinds, [("bf16", 1), ("bf16", 16), ("int8", 1), ("int8", 16)]);
+    for measured in all {
+        let number = |value: &Value, key: &str| value[key].as_f64().unwrap();
+        let operations = measured["operations"].as_array().unwrap();
+        let floor: f64 = operations.iter().map(|part| number(part, "floor_ms")).sum();
+        assert!((floor / number(measured, "floor_ms") - 1.0).abs() < 1e-9 && floor > 0.0);
+        let spent: f64 = operations.iter().map(|part| number(part, "ms")).sum();
+        // Medians of parts and of the whole are of different steps.
+        assert!(spent > 0.5 * number(measured, "ms") && spent < 2.0 * number(measured, "ms"), "{measured:#}");
+        assert!(number(&measured["memory"], "packed_weights_bytes") > 2e6);
+        assert_eq!(measured["roof"]["threads"], 2);
+    }
+}
+
+#[test]
+fn streams_are_measured_beside_the_bare_step() {
+    let all = json("bench streams --shape models/python-tasks-3m --streams 2,3 --context 16 --threads 2 --json");
+    let rows: Vec<_> = all.as_array().unwrap().iter().map(|m| m["rows"].as_u64().unwrap()).collect();
+    assert_eq!(rows, [32, 48]);
+    // Nine blocks of four passes, of which all but the last block's first store the block before.
+    assert!(all.as_array().unwrap().iter().all(|m| m["steps"].as_u64().unwrap() >= 24), "{all:#}");
+}
+
 #[test]
 fn an_open_loop_sends_every_request_of_its_schedule() {
     let all = report("--rate 20,40 --requests 6 --max-tokens 24 --block-size 8 --policy threshold=0.9 --seed 3");

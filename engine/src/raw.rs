@@ -271,18 +271,7 @@ pub fn decode(model: &Arc<Model>, request: &RawDecode) -> Result<RawOutcome, Raw
     let mut engine = Engine::new(Arc::clone(model), limits);
     let max_tokens = settings.max_tokens as usize;
     let stop_ids = settings.stop_ids.clone();
-    engine.submit(Request {
-        id: RequestId(0),
-        prompt: request.prompt.clone(),
-        settings,
-        committed: Vec::new(),
-        passes_used: 0,
-        drafts: false,
-        priority: 0,
-        deadline: None,
-        salt: 0,
-        raw: true,
-    })?;
+    engine.submit(Request { raw: true, ..Request::new(RequestId(0), request.prompt.clone(), settings) })?;
     let mut traces = Vec::new();
     let mut events = Vec::new();
     while engine.has_work() {

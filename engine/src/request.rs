@@ -41,6 +41,24 @@ pub struct Request {
     pub raw: bool,
 }
 
+impl Request {
+    /// A request from the beginning, of ordinary priority, without drafts.
+    pub fn new(id: RequestId, prompt: Vec<u32>, settings: Settings) -> Self {
+        Self {
+            id,
+            prompt,
+            settings,
+            committed: Vec::new(),
+            passes_used: 0,
+            drafts: false,
+            priority: 0,
+            deadline: None,
+            salt: 0,
+            raw: false,
+        }
+    }
+}
+
 /// Complete settings of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
@@ -58,6 +76,21 @@ pub struct Settings {
     pub nfe_cap: u32,
     /// How the output ends; `None` takes the family's way.
     pub ends: Option<Ends>,
+}
+
+impl Settings {
+    /// Greedy, ended by the model's own end-of-sequence ids, without a cap on passes.
+    pub fn new(max_tokens: u32, block_size: u32, policy: Policy) -> Self {
+        Self {
+            max_tokens,
+            block_size,
+            policy,
+            sampling: Sampling::GREEDY,
+            stop_ids: Vec::new(),
+            nfe_cap: 0,
+            ends: None,
+        }
+    }
 }
 
 /// How outputs end, a property of the family (section 5, "Ends").

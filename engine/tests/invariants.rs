@@ -25,26 +25,14 @@ fn model() -> Arc<Model> {
 const THRESHOLD: Policy = Policy::Threshold { tau: 0.6, comparison: Comparison::Strict, quota_steps: None };
 
 fn request(id: u64, prompt_len: u32, policy: Policy) -> Request {
-    Request {
-        id: RequestId(id),
-        prompt: (0..prompt_len).map(|i| (i * 37 + id as u32 * 11) % 290).collect(),
-        settings: Settings {
-            max_tokens: 24,
-            block_size: 4,
-            policy,
+    Request::new(
+        RequestId(id),
+        (0..prompt_len).map(|i| (i * 37 + id as u32 * 11) % 290).collect(),
+        Settings {
             sampling: Sampling { temperature: 0.8, top_p: 1.0, top_k: 0, seed: 7 + id },
-            stop_ids: Vec::new(),
-            nfe_cap: 0,
-            ends: None,
+            ..Settings::new(24, 4, policy)
         },
-        committed: Vec::new(),
-        passes_used: 0,
-        drafts: false,
-        priority: 0,
-        deadline: None,
-        salt: 0,
-        raw: false,
-    }
+    )
 }
 
 #[derive(Debug, Default, Clone, PartialEq)]

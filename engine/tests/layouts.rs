@@ -7,7 +7,7 @@ use std::sync::Arc;
 use unmask_engine::model::{DecodeDefaults, Family, row_end};
 use unmask_engine::policy::{Comparison, Policy};
 use unmask_engine::{
-    Engine, Event, Limits, LoadOptions, Model, ModelConfig, Reach, Request, RequestId, Sampling, Settings, StepReport,
+    Engine, Event, Limits, LoadOptions, Model, ModelConfig, Reach, Request, RequestId, Settings, StepReport,
 };
 use unmask_kernels::{Draw, HeadShape, PAGE_SLOTS, Record, Row, RowTable};
 
@@ -51,26 +51,11 @@ fn model(reach: Reach, shift: bool) -> Arc<Model> {
 }
 
 fn request(id: u64, prompt_len: u32) -> Request {
-    Request {
-        id: RequestId(id),
-        prompt: (0..prompt_len).map(|i| 2 + (i * 37 + id as u32 * 11) % 390).collect(),
-        settings: Settings {
-            max_tokens: MAX_TOKENS,
-            block_size: BLOCK,
-            policy: POLICY,
-            sampling: Sampling::GREEDY,
-            stop_ids: Vec::new(),
-            nfe_cap: 0,
-            ends: None,
-        },
-        committed: Vec::new(),
-        passes_used: 0,
-        drafts: false,
-        priority: 0,
-        deadline: None,
-        salt: 0,
-        raw: false,
-    }
+    Request::new(
+        RequestId(id),
+        (0..prompt_len).map(|i| 2 + (i * 37 + id as u32 * 11) % 390).collect(),
+        Settings::new(MAX_TOKENS, BLOCK, POLICY),
+    )
 }
 
 /// Records of all rows of a pass over `ids`.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
 use unmask_engine::policy::{Comparison, Policy};
-use unmask_engine::{Engine, Event, Limits as EngineLimits, Model, Request, RequestId, Sampling, Settings};
+use unmask_engine::{Engine, Event, Limits as EngineLimits, Model, Request, RequestId, Settings};
 use unmask_text::{Specials, Tokenizer};
 
 /// Longest answer (tokens).
@@ -142,28 +142,9 @@ pub fn complete(
     let limits = EngineLimits { active_max: ACTIVE_MAX, queue_max: prompts.len().max(1), ..EngineLimits::default() };
     let mut engine = Engine::new(Arc::clone(model), limits);
     for (index, prompt) in prompts.iter().enumerate() {
-        let settings = Settings {
-            max_tokens: MAX_TOKENS,
-            block_size: point.block_size,
-            policy: point.policy(),
-            sampling: Sampling::GREEDY,
-            stop_ids: Vec::new(),
-            nfe_cap: 0,
-            ends: None,
-        };
+        let settings = Settings::new(MAX_TOKENS, point.block_size, point.policy());
         engine
-            .submit(Request {
-                id: RequestId(index as u64),
-                prompt: tokenizer.encode(prompt, Specials::AsText, false)?,
-                settings,
-                committed: Vec::new(),
-                passes_used: 0,
-                drafts: false,
-                priority: 0,
-                deadline: None,
-                salt: 0,
-                raw: false,
-            })
+            .submit(Request::new(RequestId(index as u64), tokenizer.encode(prompt, Specials::AsText, false)?, settings))
             .with_context(|| format!("prompt {index}"))?;
     }
     let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];

@@ -48,7 +48,7 @@ use tonic::transport::server::TcpIncoming;
 use unmask_engine::group::CommError;
 use unmask_engine::pages::Pages;
 use unmask_engine::request::BLOCK_SIZE_MAX;
-use unmask_engine::{Engine, Event, Limits, LoadError, Model, Request, RequestId, Sampling, Settings};
+use unmask_engine::{Engine, Event, Limits, LoadError, Model, Request, RequestId, Settings};
 use unmask_proto::v1::worker_service_server::WorkerServiceServer;
 
 /// Longest request (bytes): a prompt of a million ids is about 3 MiB.
@@ -257,26 +257,11 @@ fn no_thread(source: io::Error) -> WorkerError {
 /// Computes one token: a worker that is ready has proven it.
 fn canary(engine: &mut Engine) -> Result<(), String> {
     let config = engine.model().config();
-    let request = Request {
-        id: RequestId(0),
-        prompt: vec![config.eos_ids.first().copied().unwrap_or(0)],
-        settings: Settings {
-            max_tokens: 1,
-            block_size: config.decode.block_size,
-            policy: config.decode.policy,
-            sampling: Sampling::GREEDY,
-            stop_ids: Vec::new(),
-            nfe_cap: 0,
-            ends: None,
-        },
-        committed: Vec::new(),
-        passes_used: 0,
-        drafts: false,
-        priority: 0,
-        deadline: None,
-        salt: 0,
-        raw: false,
-    };
+    let request = Request::new(
+        RequestId(0),
+        vec![config.eos_ids.first().copied().unwrap_or(0)],
+        Settings::new(1, config.decode.block_size, config.decode.policy),
+    );
     engine.submit(request).map_err(|refusal| refusal.to_string())?;
     let mut events = Vec::new();
     for _ in 0..CANARY_STEPS_MAX {

@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 use unmask_engine::policy::{Order, Policy, Quota};
-use unmask_engine::{Engine, LoadOptions, Model, Request, RequestId, Sampling, Settings};
+use unmask_engine::{Engine, LoadOptions, Model, Request, RequestId, Settings};
 use unmask_kernels::{KvType, PAGE_SLOTS};
 
 /// Passes of a block.
@@ -167,24 +167,16 @@ fn engine_steps(args: &StreamsArgs, model: &Arc<Model>, streams: u32) -> anyhow:
 
 fn request(context: u32, stream: u32, ids: u32) -> Request {
     Request {
-        id: RequestId(u64::from(stream)),
-        prompt: (0..context).map(|i| (i * 7919 + stream * 613 + 13) % ids).collect(),
-        settings: Settings {
-            max_tokens: BLOCKS * BLOCK as u32 - BLOCK as u32,
-            block_size: BLOCK as u32,
-            policy: Policy::Fixed { steps: STEPS_PER_BLOCK, order: Order::Confidence, quota: Quota::Block },
-            sampling: Sampling::GREEDY,
-            stop_ids: Vec::new(),
-            nfe_cap: 0,
-            ends: None,
-        },
-        committed: Vec::new(),
-        passes_used: 0,
-        drafts: false,
-        priority: 0,
-        deadline: None,
-        salt: 0,
         raw: true,
+        ..Request::new(
+            RequestId(u64::from(stream)),
+            (0..context).map(|i| (i * 7919 + stream * 613 + 13) % ids).collect(),
+            Settings::new(
+                BLOCKS * BLOCK as u32 - BLOCK as u32,
+                BLOCK as u32,
+                Policy::Fixed { steps: STEPS_PER_BLOCK, order: Order::Confidence, quota: Quota::Block },
+            ),
+        )
     }
 }
 

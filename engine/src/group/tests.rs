@@ -60,24 +60,15 @@ fn request(id: u64) -> Request {
     // One draws from all, one from the best few (its logits are gathered), one takes the best.
     let (temperature, top_k) = [(0.7, 0), (0.9, 5), (0.0, 0)][id as usize % 3];
     Request {
-        id: RequestId(id),
-        prompt: (0..11 + 5 * id as u32).map(|i| 2 + i * 13 % 1100).collect(),
-        settings: Settings {
-            max_tokens: 24,
-            block_size: [8, 16, 4][id as usize % 3],
-            policy: if id == 3 { Policy::Autoregressive } else { POLICY },
-            sampling: Sampling { temperature, top_k, top_p: 1.0, seed: id },
-            stop_ids: Vec::new(),
-            nfe_cap: 0,
-            ends: None,
-        },
-        committed: Vec::new(),
-        passes_used: 0,
-        drafts: false,
-        priority: 0,
-        deadline: None,
-        salt: 0,
         raw: true,
+        ..Request::new(
+            RequestId(id),
+            (0..11 + 5 * id as u32).map(|i| 2 + i * 13 % 1100).collect(),
+            Settings {
+                sampling: Sampling { temperature, top_k, top_p: 1.0, seed: id },
+                ..Settings::new(24, [8, 16, 4][id as usize % 3], if id == 3 { Policy::Autoregressive } else { POLICY })
+            },
+        )
     }
 }
 

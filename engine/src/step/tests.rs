@@ -45,24 +45,20 @@ fn policies() -> [Policy; 6] {
 /// `shared` prompt tokens that every request has, then `own` of its own. Raw: only the length ends it.
 fn request(id: u64, shared: u32, own: u32, policy: Policy, block_size: u32) -> Request {
     Request {
-        id: RequestId(id),
-        prompt: (0..shared).map(|i| i * 37 % 290).chain((0..own).map(|i| (i * 31 + id as u32 * 11) % 290)).collect(),
-        settings: Settings {
-            max_tokens: 40,
-            block_size,
-            policy,
-            sampling: Sampling { temperature: 0.8, top_p: 1.0, top_k: 0, seed: 7 + id },
-            stop_ids: Vec::new(),
-            nfe_cap: 0,
-            ends: None,
-        },
-        committed: Vec::new(),
-        passes_used: 0,
-        drafts: false,
-        priority: 0,
-        deadline: None,
-        salt: 0,
         raw: true,
+        ..Request::new(
+            RequestId(id),
+            (0..shared).map(|i| i * 37 % 290).chain((0..own).map(|i| (i * 31 + id as u32 * 11) % 290)).collect(),
+            Settings {
+                max_tokens: 40,
+                block_size,
+                policy,
+                sampling: Sampling { temperature: 0.8, top_p: 1.0, top_k: 0, seed: 7 + id },
+                stop_ids: Vec::new(),
+                nfe_cap: 0,
+                ends: None,
+            },
+        )
     }
 }
 

@@ -48,18 +48,7 @@ impl Running {
             nfe_cap: 0,
             ends: None,
         };
-        let request = Request {
-            id: self.handle.next_id(),
-            prompt: (0..PROMPT).map(|i| 20 + i).collect(),
-            settings,
-            committed: Vec::new(),
-            passes_used: 0,
-            drafts: false,
-            priority: 0,
-            deadline: None,
-            salt: 0,
-            raw: false,
-        };
+        let request = Request::new(self.handle.next_id(), (0..PROMPT).map(|i| 20 + i).collect(), settings);
         let mut terms = Terms {
             arrived: Instant::now(),
             deadline: None,
@@ -267,26 +256,7 @@ async fn stopping_ends_every_request_with_unavailable() {
         blocks_recomputed: 0,
         policy_revision: 0,
     };
-    let settings = Settings {
-        max_tokens: 1,
-        block_size: 4,
-        policy: Policy::Autoregressive,
-        sampling: Sampling::GREEDY,
-        stop_ids: Vec::new(),
-        nfe_cap: 0,
-        ends: None,
-    };
-    let request = Request {
-        id: handle.next_id(),
-        prompt: vec![1],
-        settings,
-        committed: Vec::new(),
-        passes_used: 0,
-        drafts: false,
-        priority: 0,
-        deadline: None,
-        salt: 0,
-        raw: false,
-    };
+    let settings = Settings::new(1, 4, Policy::Autoregressive);
+    let request = Request::new(handle.next_id(), vec![1], settings);
     assert_eq!(handle.submit(request, terms).await.err().unwrap().code(), Code::Unavailable);
 }
