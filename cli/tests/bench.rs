@@ -52,8 +52,7 @@ fn json(command: &str) -> Value {
 
 #[test]
 fn a_step_is_the_sum_of_its_operations() {
-    let all =
-        json("bench step --shape models/python-tasks-3m --dtype bf16,int8 --rows 1,16 --context 16 --threads 2 --json");
+    let all = json("bench step --shape python-tasks-3m --dtype bf16,int8 --rows 1,16 --context 16 --threads 2 --json");
     let all = all.as_array().unwrap();
     let kinds: Vec<_> = all.iter().map(|m| (m["dtype"].as_str().unwrap(), m["rows"].as_u64().unwrap())).collect();
     assert_eq!(kinds, [("bf16", 1), ("bf16", 16), ("int8", 1), ("int8", 16)]);
@@ -72,7 +71,7 @@ fn a_step_is_the_sum_of_its_operations() {
 
 #[test]
 fn streams_are_measured_beside_the_bare_step() {
-    let all = json("bench streams --shape models/python-tasks-3m --streams 2,3 --context 16 --threads 2 --json");
+    let all = json("bench streams --shape python-tasks-3m --streams 2,3 --context 16 --threads 2 --json");
     let rows: Vec<_> = all.as_array().unwrap().iter().map(|m| m["rows"].as_u64().unwrap()).collect();
     assert_eq!(rows, [32, 48]);
     // Nine blocks of four passes, of which all but the last block's first store the block before.

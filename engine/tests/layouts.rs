@@ -181,6 +181,10 @@ fn what_a_layout_cannot_do_is_refused() {
     edits.settings.policy = Policy::JointEdit { tau: 0.9, tau_edit: 0.9, max_post_steps: 1 };
     let refusal = Engine::new(model(Reach::Block, true), limits(64)).submit(edits).unwrap_err().to_string();
     assert!(refusal.contains("joint_edit"), "{refusal}");
+    let mut empty = request(0, 8);
+    empty.settings.block_size = 0;
+    let refusal = Engine::new(model(Reach::Bidirectional, false), limits(64)).submit(empty).unwrap_err().to_string();
+    assert!(refusal.contains("block_size"), "{refusal}");
     let narrow = Limits { rows_max: 64, ..limits(64) };
     let refusal = Engine::new(model(Reach::Bidirectional, false), narrow).submit(request(0, 40)).unwrap_err();
     assert!(refusal.to_string().contains("at most 48 fit a step"), "{refusal}");

@@ -107,13 +107,15 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         "policy",
         format!("{} scores a position by the row before it: joint_edit is not available", config.name),
     );
-    // Every pass takes all rows of such a request, and prompts of others keep their share of a step.
-    let (canvas, most) = (canvas_end(request, config), limits.rows_max - limits.rows_max / PROMPT_SHARE);
-    require(
-        config.open_reach != Reach::Bidirectional || canvas <= most,
-        "max_tokens",
-        format!("{canvas} positions are computed in every pass of {}: at most {most} fit a step", config.name),
-    );
+    if config.open_reach == Reach::Bidirectional && size >= 1 {
+        // Every pass takes all rows of such a request, and prompts of others keep their share of a step.
+        let (canvas, most) = (canvas_end(request, config), limits.rows_max - limits.rows_max / PROMPT_SHARE);
+        require(
+            canvas <= most,
+            "max_tokens",
+            format!("{canvas} positions are computed in every pass of {}: at most {most} fit a step", config.name),
+        );
+    }
     found.extend(settings.policy.violations(size.max(1)));
 }
 
