@@ -161,7 +161,8 @@ impl Shared {
             std::hint::spin_loop();
         }
         let mut sleeping = lock(&self.sleeping);
-        self.caller_parked.store(true, Ordering::SeqCst);
+        // A swap where a store would do: emulators of Arm are known to let a later load pass a store.
+        self.caller_parked.swap(true, Ordering::SeqCst);
         while self.busy.load(Ordering::SeqCst) > 0 {
             sleeping = self.done.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
         }
