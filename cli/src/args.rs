@@ -354,6 +354,12 @@ pub enum TrainCommand {
     /// First stage: fill masks
     #[command(after_help = "Example:\n  unmask train mask --config models/recipe/mask.toml")]
     Mask(ConfigArgs),
+    /// Last stage: learn from the model's own shortest paths to programs that pass their tests
+    #[command(
+        name = "on-policy",
+        after_help = "Example:\n  unmask train on-policy --config models/recipe/on-policy.toml"
+    )]
+    OnPolicy(ConfigArgs),
     /// Measure a model on tasks: pass rate and tokens per pass
     #[command(after_help = "Example:
   unmask train measure --model models/python-tasks-3m --tasks held-out.jsonl --block-sizes 1,16 --thresholds 0.9,0.7")]
@@ -406,9 +412,13 @@ pub struct MeasureArgs {
     /// Type of the weights
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,
-    /// Also cut the prompts of this many tasks at every character, and count what becomes a running function
+    /// Also cut the prompts of this many tasks at every character, and count what becomes a running function: decoded
+    /// as the one block size and threshold asked for, else as the model's defaults
     #[arg(long, default_value_t = 0)]
     pub cuts: usize,
+    /// Write the cut prompts that did not become running functions, one JSON object per line
+    #[arg(long, requires = "cuts")]
+    pub failures: Option<PathBuf>,
     /// Write `quality.json` into the model's folder
     #[arg(long)]
     pub write: bool,

@@ -55,8 +55,8 @@ pub struct State {
 /// Files that belong to a tokenizer; those present are copied.
 const TOKENIZER_FILES: [&str; 2] = ["tokenizer.json", "tokenizer_config.json"];
 
-/// Digest of everything in the configuration that decides the numbers of a run.
-pub fn digest(stage: &MaskStage) -> String {
+/// Digest of everything in the configuration that decides the numbers of a run; `own` are the stage's own settings.
+pub fn digest(stage: &MaskStage, own: &impl Serialize) -> String {
     use sha2::{Digest, Sha256};
     let mut raw = stage.raw.clone();
     raw.out = PathBuf::new();
@@ -64,7 +64,7 @@ pub fn digest(stage: &MaskStage) -> String {
     raw.eval = crate::config::RawEval::default();
     raw.checkpoint = crate::config::RawCheckpoint::default();
     raw.decode = crate::config::RawDecode::default();
-    let text = serde_json::to_string(&raw).unwrap_or_default();
+    let text = serde_json::to_string(&(raw, own)).unwrap_or_default();
     Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -85,6 +85,8 @@ pub struct Export<'a> {
     pub vocabulary: &'a Vocabulary,
     /// Trained block sizes.
     pub block_sizes: &'a [usize],
+    /// Whether it has learnt to change visible tokens.
+    pub edits: bool,
     /// Decode defaults.
     pub decode: &'a crate::config::RawDecode,
     /// Folder with the tokenizer's files.
@@ -118,7 +120,7 @@ impl Export<'_> {
             "eos_token_id": [vocabulary.end],
             "pad_token_id": vocabulary.end,
             "infill": { "prefix": vocabulary.prefix, "suffix": vocabulary.suffix, "middle": vocabulary.middle },
-            "edit": "none",
+            "edit": if self.edits { "balanced" } else { "none" },
             "decode": {
                 "block_size": decode.block_size,
                 "policy": { "threshold": { "tau": decode.tau } },

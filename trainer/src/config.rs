@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     model::ModelShape,
+    noise::edit::RawEdits,
     ops::Heads,
     optimizer::{Rule, Settings},
     schedule::{Decay, Schedule},
@@ -36,6 +37,9 @@ pub struct RawMaskStage {
     pub model: RawModel,
     /// What a step sees.
     pub batch: RawBatch,
+    /// The second half of the curriculum; absent: masks only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub edits: Option<RawEdits>,
     /// The update rule.
     pub optimizer: RawOptimizer,
     /// Held-out loss.
@@ -238,6 +242,7 @@ impl RawMaskStage {
         let mut problems = self.wrong_sizes();
         problems.extend(self.wrong_model());
         problems.extend(self.wrong_batch());
+        problems.extend(self.wrong_edits());
         problems.extend(self.wrong_optimizer());
         anyhow::ensure!(problems.is_empty(), "the configuration has errors:\n  {}", problems.join("\n  "));
         let o = &self.optimizer;
@@ -309,6 +314,13 @@ impl RawMaskStage {
             (tau > 0.0 && tau <= 1.0, format!("decode.tau: must be in (0, 1], not {tau}")),
             ((0.0..=10.0).contains(&lambda), format!("batch.next_token: must be in [0, 10], not {lambda}")),
         ])
+    }
+
+    fn wrong_edits(&self) -> Vec<String> {
+        let Some(RawEdits { share, alpha, masked }) = self.edits else { return Vec::new() };
+        let shares = [("share", share), ("alpha", alpha), ("masked", masked)];
+        let wrong = shares.into_iter().filter(|(_, value)| !(0.0..=1.0).contains(value));
+        wrong.map(|(key, value)| format!("edits.{key}: must be in [0, 1], not {value}")).collect()
     }
 
     fn wrong_optimizer(&self) -> Vec<String> {

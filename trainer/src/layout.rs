@@ -1,5 +1,5 @@
 //! From documents to rows: every example becomes its noisy tokens followed by its clean tokens, at the same positions
-//! (the vectorised layout of BD3-LM, Arriola et al. 2025, with a token-causal clean half).
+//! (the vectorised layout of BD3-LM, Arriola et al. 2025, with a token-causal clean half). A prompt is clean only.
 
 use std::sync::Arc;
 
@@ -8,16 +8,28 @@ use crate::ops::{attention::Document, head::Targets};
 /// One document with one corruption.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
-    /// Right tokens; a multiple of `block` of them.
+    /// Right tokens, those of the prompt included.
     pub clean: Vec<u32>,
-    /// Corrupted tokens.
+    /// Corrupted tokens of the positions after the prompt; a multiple of `block` of them.
     pub noisy: Vec<u32>,
-    /// Whether the noisy row at this position is scored against the clean token.
+    /// Whether the noisy row is scored against the clean token.
     pub scored: Vec<bool>,
     /// Positions per block.
     pub block: usize,
     /// Clean positions that are text: the clean row at `p` is scored against token `p + 1` while `p + 1 < length`.
     pub length: usize,
+}
+
+impl Example {
+    /// Positions before the first block.
+    pub fn prompt(&self) -> usize {
+        self.clean.len() - self.noisy.len()
+    }
+
+    /// Rows it becomes.
+    pub fn rows(&self) -> usize {
+        self.clean.len() + self.noisy.len()
+    }
 }
 
 /// Documents of one micro-batch as rows.
@@ -65,15 +77,16 @@ impl Batch {
         let (mut ids, mut positions, mut documents) = (Vec::new(), Vec::new(), Vec::new());
         let (mut noisy, mut next) = (Vec::new(), Vec::new());
         for example in examples {
-            let (start, length) = (ids.len(), example.clean.len());
-            documents.push(Document { start, length, block: example.block });
+            let (start, length, prompt) = (ids.len(), example.clean.len(), example.prompt());
+            documents.push(Document { start, prompt, length, block: example.block });
             ids.extend_from_slice(&example.noisy);
             ids.extend_from_slice(&example.clean);
-            positions.extend((0..length as u32).chain(0..length as u32));
+            positions.extend((prompt as u32..length as u32).chain(0..length as u32));
             let scored = example.scored.iter().enumerate().filter(|&(_, &scored)| scored);
-            noisy.extend(scored.map(|(p, _)| ((start + p) as u32, example.clean[p])));
+            noisy.extend(scored.map(|(i, _)| ((start + i) as u32, example.clean[prompt + i])));
             if weights.1 > 0.0 {
-                next.extend((1..example.length).map(|p| ((start + length + p - 1) as u32, example.clean[p])));
+                let first = start + example.noisy.len();
+                next.extend((1..example.length).map(|p| ((first + p - 1) as u32, example.clean[p])));
             }
         }
         let noisy_targets = noisy.len();
@@ -93,12 +106,12 @@ impl Batch {
 /// Splits examples, in order, into micro-batches of about equal size with at most `rows` rows each (more only for a
 /// single example), their number a multiple of `threads` where possible.
 pub fn micro_batches(examples: &[Example], rows: usize, threads: usize) -> Vec<&[Example]> {
-    let total: usize = examples.iter().map(|e| 2 * e.clean.len()).sum();
+    let total: usize = examples.iter().map(Example::rows).sum();
     let parts = total.div_ceil(rows.max(1)).next_multiple_of(threads.max(1));
     let mut split = Vec::with_capacity(parts);
     let (mut start, mut seen) = (0, 0);
     for (index, example) in examples.iter().enumerate() {
-        seen += 2 * example.clean.len();
+        seen += example.rows();
         if seen * parts >= total * (split.len() + 1) || index + 1 == examples.len() {
             split.push(&examples[start..=index]);
             start = index + 1;
@@ -122,11 +135,23 @@ mod tests {
         let batch = Batch::new(&[example(4), example(8)], (0.5, 0.25));
         assert_eq!(batch.ids.len(), 24);
         assert_eq!(batch.positions[8..12], [0, 1, 2, 3]);
-        assert_eq!(batch.documents[1], Document { start: 8, length: 8, block: 4 });
+        assert_eq!(batch.documents[1], Document { start: 8, prompt: 0, length: 8, block: 4 });
         assert_eq!(batch.noisy_targets, 2 + 3);
         assert_eq!(batch.targets.rows, [0, 3, 8, 11, 14, 4, 5, 16, 17, 18, 19, 20, 21]);
         assert_eq!(batch.targets.tokens[5..7], [11, 12]);
         assert_eq!(batch.targets.weights[4..6], [0.5, 0.25]);
+    }
+
+    #[test]
+    fn a_prompt_has_clean_rows_only() {
+        let mut example = example(6);
+        example.noisy.drain(..2);
+        example.scored = vec![true, false, true, false];
+        let batch = Batch::new(&[example], (0.5, 0.25));
+        assert_eq!(batch.ids.len(), 10);
+        assert_eq!(batch.positions[..], [2, 3, 4, 5, 0, 1, 2, 3, 4, 5]);
+        assert_eq!(batch.targets.rows, [0, 2, 4, 5, 6, 7]);
+        assert_eq!(batch.targets.tokens, [12, 14, 11, 12, 13, 14]);
     }
 
     #[test]

@@ -5,7 +5,9 @@
 //!
 //! In reading order: `data` and `tasks` (where documents come from), `stream` (their order), `noise` (corruption),
 //! `layout` (examples as rows), `ops` (operations with gradients), `model`, `step` (gradients of a batch), `optimizer`,
-//! `schedule`, `checkpoint`, `progress`, `config`, `stage_mask` (the first stage), `measure` (quality of the result).
+//! `schedule`, `checkpoint`, `progress`, `config`, `training` (what stages share), `stage_mask` (the first stage),
+//! `trajectory` (denoising paths), `rollout` (what a model writes by itself), `stage_on_policy` (the last stage),
+//! `measure` (quality of the result).
 
 pub mod checkpoint;
 pub mod config;
@@ -18,11 +20,16 @@ pub mod ops;
 pub mod optimizer;
 pub mod progress;
 pub mod recipe;
+pub mod rollout;
 pub mod schedule;
 pub mod stage_mask;
+pub mod stage_on_policy;
 pub mod step;
 pub mod stream;
 pub mod tasks;
+pub mod training;
+pub mod trajectory;
 
 pub use config::{MaskStage, RawMaskStage};
-pub use stage_mask::{Sources, Summary, train_mask};
+pub use stage_mask::train_mask;
+pub use training::{Sources, Summary};

@@ -1,19 +1,16 @@
 //! Quality of a model: how often it writes programs that pass their tests, and in how few passes.
 
+use crate::rollout::{Rollout, roll_out};
 use crate::tasks::Task;
 use crate::tasks::verify::{Limits, Outcome, Program, run};
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
+use unmask_engine::Model;
 use unmask_engine::policy::{Comparison, Policy};
-use unmask_engine::{Engine, Event, Limits as EngineLimits, Model, Request, RequestId, Settings};
 use unmask_text::{Specials, Tokenizer};
 
-/// Longest answer (tokens).
-const MAX_TOKENS: u32 = 256;
-/// Requests in the engine at once.
-const ACTIVE_MAX: usize = 64;
 /// Two-sided 95% of the normal distribution.
 const Z_95: f64 = 1.96;
 
@@ -39,7 +36,8 @@ impl Point {
         }
     }
 
-    fn policy(self) -> Policy {
+    /// The engine's policy.
+    pub(crate) fn policy(self) -> Policy {
         if self.block_size == 1 {
             return Policy::Autoregressive;
         }
@@ -87,7 +85,7 @@ pub struct Quality {
     pub cut_prompts: Option<Cuts>,
 }
 
-/// Outcome of [`cuts`].
+/// Outcome of [`cuts`], in numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cuts {
@@ -95,17 +93,6 @@ pub struct Cuts {
     pub n: usize,
     /// Of them completed to programs that run and define a function.
     pub running: usize,
-}
-
-/// Answers of one prompt.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Answer {
-    /// What follows the prompt.
-    pub text: String,
-    /// Its tokens.
-    pub tokens: u32,
-    /// Passes it took.
-    pub passes: u32,
 }
 
 /// Reads tasks in HumanEval's format, one JSON object per line.
@@ -128,50 +115,17 @@ pub fn tokenizer(dir: &Path) -> anyhow::Result<Tokenizer> {
     Ok(Tokenizer::from_files(&json, None, None)?)
 }
 
-/// Completes prompts greedily, many at a time; answers in order.
-///
-/// # Errors
-/// A prompt is empty or too long for the model.
-pub fn complete(
+/// Completes prompts of text greedily; in order.
+fn complete(
     model: &Arc<Model>,
     tokenizer: &Tokenizer,
     prompts: &[String],
     point: Point,
-    mut done: impl FnMut(usize),
-) -> anyhow::Result<Vec<Answer>> {
-    let limits = EngineLimits { active_max: ACTIVE_MAX, queue_max: prompts.len().max(1), ..EngineLimits::default() };
-    let mut engine = Engine::new(Arc::clone(model), limits);
-    for (index, prompt) in prompts.iter().enumerate() {
-        let settings = Settings::new(MAX_TOKENS, point.block_size, point.policy());
-        engine
-            .submit(Request::new(RequestId(index as u64), tokenizer.encode(prompt, Specials::AsText, false)?, settings))
-            .with_context(|| format!("prompt {index}"))?;
-    }
-    let mut tokens: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
-    let mut passes = vec![0; prompts.len()];
-    let mut events = Vec::new();
-    let mut finished = 0;
-    while engine.has_work() {
-        engine.step(&mut events);
-        for event in events.drain(..) {
-            let index = event.id().0 as usize;
-            match event {
-                Event::Commit { tokens: fresh, .. } => tokens[index].extend(fresh),
-                Event::Finished { nfe, .. } => {
-                    passes[index] = nfe;
-                    finished += 1;
-                    done(finished);
-                }
-                _ => {}
-            }
-        }
-    }
-    let answer = |(ids, passes): (Vec<u32>, u32)| Answer {
-        text: tokenizer.decode(&ids, true),
-        tokens: ids.len() as u32,
-        passes,
-    };
-    Ok(tokens.into_iter().zip(passes).map(answer).collect())
+    done: impl FnMut(usize),
+) -> anyhow::Result<Vec<(String, Rollout)>> {
+    let ids: Result<Vec<_>, _> = prompts.iter().map(|text| tokenizer.encode(text, Specials::AsText, false)).collect();
+    let rollouts = roll_out(model, &ids?, point, done)?;
+    Ok(rollouts.into_iter().map(|rollout| (tokenizer.decode(&rollout.answer, true), rollout)).collect())
 }
 
 /// Measures one way to decode over `tasks`.
@@ -188,11 +142,11 @@ pub fn measure(
     ensure!(!tasks.is_empty(), "there are no tasks to measure on");
     let prompts: Vec<String> = tasks.iter().map(|task| task.prompt.clone()).collect();
     let answers = complete(model, tokenizer, &prompts, point, done)?;
-    let programs: Vec<Program> = tasks.iter().zip(&answers).map(|(task, a)| Program::of(task, &a.text)).collect();
+    let programs: Vec<Program> = tasks.iter().zip(&answers).map(|(task, (text, _))| Program::of(task, text)).collect();
     let passed = count(&run(&programs, &Limits::default())?);
-    let sources = prompts.iter().zip(&answers).map(|(prompt, a)| Program::parsing(&format!("{prompt}{}", a.text)));
+    let sources = prompts.iter().zip(&answers).map(|(prompt, (text, _))| Program::parsing(&format!("{prompt}{text}")));
     let parsed = count(&run(&sources.collect::<Vec<_>>(), &Limits::default())?);
-    let (tokens, passes) = answers.iter().fold((0, 0), |(t, p), a| (t + a.tokens, p + a.passes));
+    let (tokens, passes) = answers.iter().fold((0, 0), |(t, p), (_, a)| (t + a.answer.len(), p + a.passes));
     let autoregressive = point.block_size == 1;
     Ok(Row {
         policy: if autoregressive { "autoregressive" } else { "threshold" }.into(),
@@ -203,12 +157,23 @@ pub fn measure(
         pass_rate: passed as f64 / tasks.len() as f64,
         pass_rate_low: wilson_low(passed, tasks.len()),
         parse_rate: parsed as f64 / tasks.len() as f64,
-        tpf: f64::from(tokens) / f64::from(passes.max(1)),
+        tpf: tokens as f64 / f64::from(passes.max(1)),
     })
 }
 
-/// Prompts cut at every character, completed: how many there are, and how many become programs that run and define a
-/// function. A user's prompt may end anywhere, also inside what the tokenizer would merge.
+/// A cut prompt and what the model made of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CutPrompt {
+    /// What the user typed.
+    pub prompt: String,
+    /// What the model wrote.
+    pub answer: String,
+    /// Whether both together run and define a function.
+    pub running: bool,
+}
+
+/// Prompts cut at every character, completed to programs that should run and define a function. A user's prompt may end
+/// anywhere, also inside what the tokenizer would merge.
 ///
 /// # Errors
 /// As [`measure`].
@@ -218,7 +183,7 @@ pub fn cuts(
     tasks: &[Task],
     point: Point,
     done: impl FnMut(usize),
-) -> anyhow::Result<(usize, usize)> {
+) -> anyhow::Result<Vec<CutPrompt>> {
     let prompts: Vec<String> = tasks
         .iter()
         .flat_map(|task| {
@@ -227,13 +192,11 @@ pub fn cuts(
         })
         .collect();
     let answers = complete(model, tokenizer, &prompts, point, done)?;
-    let defines = "import types\nassert any(isinstance(v, types.FunctionType) for v in list(globals().values()))\n";
-    let programs: Vec<Program> = prompts
-        .iter()
-        .zip(&answers)
-        .map(|(prompt, answer)| Program::of_source(format!("{prompt}{}\n\n{defines}", answer.text)))
-        .collect();
-    Ok((programs.len(), count(&run(&programs, &Limits::default())?)))
+    let programs: Vec<Program> =
+        prompts.iter().zip(&answers).map(|(prompt, (text, _))| Program::defining(&format!("{prompt}{text}"))).collect();
+    let outcomes = run(&programs, &Limits::default())?;
+    let all = prompts.into_iter().zip(answers).zip(outcomes);
+    Ok(all.map(|((prompt, (answer, _)), o)| CutPrompt { prompt, answer, running: o == Outcome::Passed }).collect())
 }
 
 fn count(outcomes: &[Outcome]) -> usize {

@@ -60,6 +60,25 @@ pub struct BlockLoss {
     pub mean: f64,
 }
 
+/// One round of on-policy training, measured before its steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RoundRecord {
+    /// Steps done before the round.
+    pub step: usize,
+    /// Share of the guard's tasks that pass, decoded as the model's defaults say.
+    pub pass_rate: f64,
+    /// Committed tokens per pass on them.
+    pub tpf: f64,
+    /// Prompts of the round.
+    pub prompts: usize,
+    /// Prompts with a rollout that passes.
+    pub kept: usize,
+    /// Tokens per pass of the rollouts that are learnt from.
+    pub kept_tpf: f64,
+    /// Per threshold, cautious first: share of rollouts that pass.
+    pub passing: Vec<f64>,
+}
+
 /// A line of `log.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -68,6 +87,8 @@ pub enum Record {
     Step(StepRecord),
     /// A measurement.
     Eval(EvalRecord),
+    /// A round of on-policy training.
+    Round(RoundRecord),
 }
 
 /// The log file and the bar.
@@ -131,6 +152,27 @@ impl Progress {
             None => tracing::info!("{message}"),
         }
         self.write(&Record::Eval(record))
+    }
+
+    /// Reports a round.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub fn round(&mut self, record: RoundRecord) -> anyhow::Result<()> {
+        let message = format!(
+            "after step {}: {:.1}% pass at {:.2} tokens per pass; {} of {} prompts kept at {:.2}",
+            record.step,
+            100.0 * record.pass_rate,
+            record.tpf,
+            record.kept,
+            record.prompts,
+            record.kept_tpf
+        );
+        match &self.bar {
+            Some(bar) => bar.suspend(|| tracing::info!("{message}")),
+            None => tracing::info!("{message}"),
+        }
+        self.write(&Record::Round(record))
     }
 
     fn write(&mut self, record: &Record) -> anyhow::Result<()> {

@@ -3,8 +3,10 @@
 use crate::checkpoint::Vocabulary;
 use crate::config::RawMaskStage;
 use crate::data::{Mixture, MixtureConfig, bpe, corpus};
-use crate::stage_mask::{Sources, Summary, train_mask};
+use crate::stage_mask::train_mask;
+use crate::stage_on_policy::{OnPolicyStage, RawOnPolicy, train_on_policy};
 use crate::tasks::{Part, Tasks, verify};
+use crate::training::{Sources, Summary};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -37,6 +39,18 @@ pub struct MaskRun {
     /// Documents.
     pub data: MixtureConfig,
     /// The stage.
+    pub stage: RawMaskStage,
+}
+
+/// On-policy training and its data.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct OnPolicyRun {
+    /// Documents of the replay share, and the tokenizer.
+    pub data: MixtureConfig,
+    /// Rollouts.
+    pub on_policy: RawOnPolicy,
+    /// Training.
     pub stage: RawMaskStage,
 }
 
@@ -89,9 +103,25 @@ pub fn write_tasks(out: &Path, seed: u64, part: Part, count: u64) -> anyhow::Res
 /// The configuration's problems, all at once; files; training.
 pub fn mask(run: MaskRun) -> anyhow::Result<Summary> {
     let stage = run.stage.validate()?;
-    let train = Mixture::open(&run.data, Part::Training)?;
-    let held_out = Mixture::open(&MixtureConfig { real: None, real_share: 0.0, ..run.data.clone() }, Part::HeldOut)?;
-    let folder = run.data.tokenizer.parent().context("tokenizer: has no folder")?;
+    with_sources(&run.data, |sources| train_mask(&stage, sources))
+}
+
+/// Runs [`OnPolicyRun`].
+///
+/// # Errors
+/// As [`mask`].
+pub fn on_policy(run: OnPolicyRun) -> anyhow::Result<Summary> {
+    let stage = OnPolicyStage::new(run.on_policy, run.stage)?;
+    with_sources(&run.data, |sources| train_on_policy(&stage, sources))
+}
+
+fn with_sources(
+    data: &MixtureConfig,
+    train_on: impl FnOnce(Sources<'_>) -> anyhow::Result<Summary>,
+) -> anyhow::Result<Summary> {
+    let train = Mixture::open(data, Part::Training)?;
+    let held_out = Mixture::open(&MixtureConfig { real: None, real_share: 0.0, ..data.clone() }, Part::HeldOut)?;
+    let folder = data.tokenizer.parent().context("tokenizer: has no folder")?;
     let vocabulary = Vocabulary::standard(train.vocabulary());
-    train_mask(&stage, Sources { train: &train, held_out: &held_out, vocabulary: &vocabulary, tokenizer: folder })
+    train_on(Sources { train: &train, held_out: &held_out, vocabulary: &vocabulary, tokenizer: folder })
 }

@@ -1,56 +1,20 @@
-//! The mask stage: block diffusion over masked tokens with next-token loss on the clean half.
+//! The curriculum: block diffusion over masked tokens with next-token loss on the clean half, then, where asked for, over
+//! edited tokens too (Seed Diffusion, section 3.1).
 
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::time::Instant;
 
-use anyhow::Context;
 use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 
 use crate::{
-    checkpoint::{self, Export, State, Vocabulary, WeightType},
+    checkpoint::{Vocabulary, digest},
     config::MaskStage,
-    data::Documents,
     layout::Example,
-    model::{Model, ModelShape},
-    noise,
-    optimizer::Optimizer,
-    progress::{BlockLoss, EvalRecord, Progress, StepRecord},
-    step::{Losses, Spread, gradients, losses},
-    stream::{Purpose, Stream, encode, generator},
+    noise::{self, Filled},
+    progress::Progress,
+    stream::Stream,
+    training::{Sources, Summary, Training},
 };
-
-/// Noise levels of the held-out loss.
-const NOISE_BINS: usize = 10;
-
-/// What a stage learns from.
-#[derive(Clone, Copy)]
-pub struct Sources<'a> {
-    /// Training documents.
-    pub train: &'a dyn Documents,
-    /// Documents to measure on.
-    pub held_out: &'a dyn Documents,
-    /// Token ids.
-    pub vocabulary: &'a Vocabulary,
-    /// Folder with `tokenizer.json` and `tokenizer_config.json`, copied to the checkpoints.
-    pub tokenizer: &'a Path,
-}
-
-/// What a finished stage reports.
-#[derive(Clone, Debug)]
-pub struct Summary {
-    /// The exported model (bf16).
-    pub model: PathBuf,
-    /// Steps done, those before a resume included.
-    pub steps: usize,
-    /// Text tokens seen.
-    pub tokens: u64,
-    /// The last measurement.
-    pub eval: EvalRecord,
-    /// Seconds spent in this run.
-    pub seconds: f64,
-}
 
 /// Trains to the last step of the configuration and exports the model to `out/model`. Continues from the newest
 /// checkpoint in `out`, if there is one.
@@ -67,21 +31,23 @@ pub fn train_mask(config: &MaskStage, sources: Sources<'_>) -> anyhow::Result<Su
 /// As [`train_mask`].
 pub fn run(config: &MaskStage, sources: Sources<'_>, last: usize) -> anyhow::Result<Summary> {
     let started = Instant::now();
-    anyhow::ensure!(!sources.train.is_empty(), "there are no training documents");
-    anyhow::ensure!(!sources.held_out.is_empty(), "there are no held-out documents");
-    let mut training = Training::start(config, sources)?;
-    let mut progress = Progress::new(&config.raw.out, config.raw.steps, training.state.step)?;
+    let raw = &config.raw;
+    let mut training = Training::start(config, sources, digest(config, &()))?;
+    let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
     let mut eval = None;
     while training.state.step < last {
-        progress.step(training.step()?)?;
+        let step = training.state.step;
+        progress.step(training.step(|stream, block, rng| {
+            corrupted(config, step, stream, raw.batch.tokens, block, sources.vocabulary, rng)
+        })?)?;
         let step = training.state.step;
         let end = step == last;
-        if end || step.is_multiple_of(config.raw.eval.every) {
+        if end || step.is_multiple_of(raw.eval.every) {
             let record = training.measure()?;
             progress.eval(record.clone())?;
             eval = Some(record);
         }
-        if end || step.is_multiple_of(config.raw.checkpoint.every) {
+        if end || step.is_multiple_of(raw.checkpoint.every) {
             training.save()?;
         }
     }
@@ -89,145 +55,30 @@ pub fn run(config: &MaskStage, sources: Sources<'_>, last: usize) -> anyhow::Res
         Some(eval) => eval,
         None => training.measure()?,
     };
-    let model = config.raw.out.join("model");
-    training.export().write(training.optimizer.best(), WeightType::Bf16, &model)?;
-    let State { step: steps, tokens, .. } = training.state;
-    Ok(Summary { model, steps, tokens, eval, seconds: started.elapsed().as_secs_f64() })
+    training.finish(eval, started)
 }
 
-struct Training<'a> {
-    config: &'a MaskStage,
-    sources: Sources<'a>,
-    shape: ModelShape,
-    model: Model,
-    optimizer: Optimizer,
-    stream: Stream<'a>,
-    state: State,
-    held_out: Vec<Vec<u32>>,
+/// Documents of step `step` with together at least `tokens` tokens: masked, or edited once the curriculum is that far.
+pub(crate) fn corrupted(
+    config: &MaskStage,
+    step: usize,
+    stream: &mut Stream<'_>,
+    tokens: usize,
+    block: usize,
+    vocabulary: &Vocabulary,
+    rng: &mut ChaCha8Rng,
+) -> Vec<Example> {
+    let raw = &config.raw;
+    match &raw.edits {
+        Some(edits) if step as f64 >= (1.0 - edits.share) * raw.steps as f64 => {
+            let (share, masks) = (rng.random_range(0.0..=edits.alpha), rng.random_bool(edits.masked));
+            let filled = filled(stream, tokens, block, vocabulary);
+            noise::edit::edit_all(filled, block, share, masks.then_some(vocabulary.mask), rng)
+        }
+        _ => noise::mask_all(filled(stream, tokens, block, vocabulary), block, vocabulary.mask, rng),
+    }
 }
 
-impl<'a> Training<'a> {
-    fn start(config: &'a MaskStage, sources: Sources<'a>) -> anyhow::Result<Training<'a>> {
-        let raw = &config.raw;
-        let shape = config.shape(sources.vocabulary.size);
-        let weights = match &raw.init.checkpoint {
-            Some(dir) => checkpoint::read_weights(&shape, dir).context("init.checkpoint")?,
-            None => shape.initial(&mut generator(raw.seed, Purpose::Weights, 0)),
-        };
-        let mut optimizer = Optimizer::new(&shape, weights, config.settings);
-        let digest = checkpoint::digest(config);
-        let state = checkpoint::resume(&raw.out, &shape, &digest, &mut optimizer)?;
-        if let Some(state) = &state {
-            tracing::info!("continuing after step {} of {}", state.step, raw.out.display());
-        }
-        let state = state.unwrap_or(State { step: 0, documents: 0, tokens: 0, updates: 0, config: digest });
-        let model = Model::new(shape.clone(), &optimizer.weights, sources.vocabulary.mask)?;
-        let stream = Stream::new(sources.train, raw.seed, raw.batch.length, state.documents);
-        let held_out = (0..raw.eval.documents.min(sources.held_out.len()))
-            .map(|i| {
-                let mut rng = generator(0, Purpose::HeldOut, i as u64);
-                // Spread over the whole set: neighbours tend to be alike.
-                let index = i * sources.held_out.len() / raw.eval.documents.min(sources.held_out.len());
-                encode(sources.held_out, index, raw.batch.length, &mut rng)
-            })
-            .collect();
-        tracing::info!("{} parameters, {} documents", shape.parameter_count(), sources.train.len());
-        Ok(Training { config, sources, shape, model, optimizer, stream, state, held_out })
-    }
-
-    fn spread(&self) -> Spread {
-        Spread { micro_rows: self.config.raw.batch.micro_rows, threads: self.config.threads }
-    }
-
-    fn step(&mut self) -> anyhow::Result<StepRecord> {
-        let started = Instant::now();
-        let batch = &self.config.raw.batch;
-        let step = self.state.step;
-        let mut rng = generator(self.config.raw.seed, Purpose::Noise, step as u64);
-        let block = batch.block_sizes[rng.random_range(0..batch.block_sizes.len())];
-        let documents = self.stream.step(batch.tokens);
-        let tokens: usize = documents.iter().map(Vec::len).sum();
-        let end = self.sources.vocabulary.end;
-        let filled = documents.into_iter().map(|tokens| noise::fill(tokens, block, end)).collect();
-        let examples = noise::mask_all(filled, block, self.sources.vocabulary.mask, &mut rng);
-        let (gradients, losses) = gradients(&self.model, &examples, batch.next_token, self.spread())?;
-        let rate = self.config.schedule.rate(step);
-        let gradient_norm = self.optimizer.update(&gradients, rate as f32)?;
-        anyhow::ensure!(gradient_norm.is_finite(), "the gradient of step {} is not finite", step + 1);
-        drop(gradients);
-        self.model.set(&self.optimizer.weights)?;
-        self.state.step += 1;
-        self.state.documents = self.stream.drawn();
-        self.state.tokens += tokens as u64;
-        self.state.updates = self.optimizer.updates;
-        let seconds = started.elapsed().as_secs_f64();
-        Ok(StepRecord {
-            step: self.state.step,
-            mask_loss: losses.noisy_mean(),
-            next_loss: losses.next_mean(),
-            block_size: block,
-            rate,
-            gradient_norm,
-            tokens: self.state.tokens,
-            tokens_per_second: tokens as f64 / seconds,
-            gflops: self.operations(&examples, &losses) / seconds / 1e9,
-        })
-    }
-
-    /// 6 x parameters x rows of a step; the head's parameters count for scored rows only.
-    fn operations(&self, examples: &[Example], losses: &Losses) -> f64 {
-        let head = (self.shape.vocabulary * self.shape.hidden) as f64;
-        let body = self.shape.parameter_count() as f64 - head;
-        let rows: usize = examples.iter().map(|e| 2 * e.clean.len()).sum();
-        let scored = losses.counts.noisy + losses.counts.next;
-        6.0 * (body * rows as f64 + head * scored as f64)
-    }
-
-    fn measure(&self) -> anyhow::Result<EvalRecord> {
-        if self.optimizer.average.is_some() {
-            self.model.set(self.optimizer.best())?;
-        }
-        let (mut mask_loss, mut next_loss) = (Vec::new(), 0.0);
-        for &block_size in &self.config.raw.batch.block_sizes {
-            let mut by_noise = Vec::with_capacity(NOISE_BINS);
-            for bin in 0..NOISE_BINS {
-                let found = losses(&self.model, &self.held_out_at(block_size, bin), self.spread())?;
-                by_noise.push(found.noisy_mean());
-                next_loss = found.next_mean();
-            }
-            let mean = by_noise.iter().sum::<f64>() / NOISE_BINS as f64;
-            mask_loss.push(BlockLoss { block_size, by_noise, mean });
-        }
-        if self.optimizer.average.is_some() {
-            self.model.set(&self.optimizer.weights)?;
-        }
-        Ok(EvalRecord { step: self.state.step, mask_loss, next_loss })
-    }
-
-    fn held_out_at(&self, block: usize, bin: usize) -> Vec<Example> {
-        let level = (bin as f32 + 0.5) / NOISE_BINS as f32;
-        let vocabulary = self.sources.vocabulary;
-        let corrupt = |(index, tokens): (usize, &Vec<u32>)| {
-            let filled = noise::fill(tokens.clone(), block, vocabulary.end);
-            let levels = vec![level; filled.tokens.len() / block];
-            let mut rng = generator(1, Purpose::HeldOut, (index * NOISE_BINS + bin) as u64);
-            noise::mask(filled, block, &levels, vocabulary.mask, &mut rng)
-        };
-        self.held_out.iter().enumerate().map(corrupt).collect()
-    }
-
-    fn export(&self) -> Export<'_> {
-        Export {
-            shape: &self.shape,
-            vocabulary: self.sources.vocabulary,
-            block_sizes: &self.config.raw.batch.block_sizes,
-            decode: &self.config.raw.decode,
-            tokenizer: self.sources.tokenizer,
-        }
-    }
-
-    fn save(&self) -> anyhow::Result<()> {
-        let keep = self.config.raw.checkpoint.keep;
-        checkpoint::save(&self.config.raw.out, keep, &self.export(), &self.optimizer, &self.state).map(drop)
-    }
+fn filled(stream: &mut Stream<'_>, tokens: usize, block: usize, vocabulary: &Vocabulary) -> Vec<Filled> {
+    stream.step(tokens).into_iter().map(|tokens| noise::fill(tokens, block, vocabulary.end)).collect()
 }

@@ -25,6 +25,8 @@ pub enum Purpose {
     Noise,
     /// Held-out measurement.
     HeldOut,
+    /// Prompts of one round of on-policy training.
+    Prompts,
 }
 
 /// The generator of `seed` for one purpose and one index within it.

@@ -58,6 +58,7 @@ fn trainer_and_engine_give_the_same_losses() {
         shape: &shape(),
         vocabulary: &vocabulary,
         block_sizes: &[4, BLOCK],
+        edits: false,
         decode: &decode,
         tokenizer: dir.path(),
     }

@@ -76,7 +76,7 @@ fn steps(out: &Path) -> Vec<(usize, f64, f64, f32)> {
     records
         .filter_map(|record| match record {
             Record::Step(s) => Some((s.step, s.mask_loss, s.next_loss, s.gradient_norm)),
-            Record::Eval(_) => None,
+            Record::Eval(_) | Record::Round(_) => None,
         })
         .collect()
 }

@@ -6,9 +6,12 @@ use crate::{models, output};
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::process::ExitCode;
+use std::sync::Arc;
+use unmask_engine::Model;
+use unmask_text::Tokenizer;
 use unmask_trainer::measure::{Cuts, Point, Quality, Row, cuts, measure, read_tasks, tokenizer};
 use unmask_trainer::recipe;
-use unmask_trainer::tasks::Part;
+use unmask_trainer::tasks::{Part, Task};
 
 /// Runs a stage.
 ///
@@ -20,6 +23,10 @@ pub fn run(args: TrainArgs) -> anyhow::Result<ExitCode> {
         TrainCommand::Tasks(args) => tasks(&args)?,
         TrainCommand::Mask(args) => {
             let summary = recipe::mask(recipe::read(&args.config)?)?;
+            output::out(&format!("{}\n", summary.model.display()))?;
+        }
+        TrainCommand::OnPolicy(args) => {
+            let summary = recipe::on_policy(recipe::read(&args.config)?)?;
             output::out(&format!("{}\n", summary.model.display()))?;
         }
         TrainCommand::Measure(args) => measure_model(&args)?,
@@ -50,17 +57,7 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
         output::out(&line(&row))?;
         rows.push(row);
     }
-    let cut_prompts = if args.cuts == 0 {
-        None
-    } else {
-        let point = Point::of(&model);
-        let (n, running) = cuts(&model, &tokenizer, &tasks[..args.cuts.min(tasks.len())], point, |_| {})?;
-        output::out(&format!(
-            "cut prompts (block {}, threshold {}): {running} of {n} become running functions\n",
-            point.block_size, point.threshold
-        ))?;
-        Some(Cuts { n, running })
-    };
+    let cut_prompts = if args.cuts == 0 { None } else { Some(measure_cuts(args, &model, &tokenizer, &tasks)?) };
     if args.write {
         let path = dir.join("quality.json");
         let command = format!("unmask train measure --model {} --tasks {} --write", args.model, args.tasks.display());
@@ -69,6 +66,26 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
+}
+
+fn measure_cuts(args: &MeasureArgs, model: &Arc<Model>, tokenizer: &Tokenizer, tasks: &[Task]) -> anyhow::Result<Cuts> {
+    let point = match (&args.block_sizes[..], &args.thresholds[..]) {
+        ([1], _) => Point::AUTOREGRESSIVE,
+        (&[block_size], &[threshold]) => Point { block_size, threshold },
+        _ => Point::of(model),
+    };
+    let all = cuts(model, tokenizer, &tasks[..args.cuts.min(tasks.len())], point, |_| {})?;
+    let (n, running) = (all.len(), all.iter().filter(|cut| cut.running).count());
+    output::out(&format!(
+        "cut prompts (block {}, threshold {}): {running} of {n} become running functions\n",
+        point.block_size, point.threshold
+    ))?;
+    if let Some(path) = &args.failures {
+        let lines: Vec<String> =
+            all.iter().filter(|cut| !cut.running).map(serde_json::to_string).collect::<Result<_, _>>()?;
+        std::fs::write(path, lines.join("\n") + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(Cuts { n, running })
 }
 
 /// The baseline once, every other block size at every threshold.

@@ -8,31 +8,45 @@ use super::{Heads, math, matrix, product};
 /// Positions per tile when blocks are not larger.
 const TILE: usize = 32;
 
-/// One document in a batch: its noisy rows, then as many clean rows, at positions `0..length`.
+/// One document in a batch: its noisy rows at positions `prompt..length`, then its clean rows at `0..length`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// First noisy row in the batch; the clean rows start at `start + length`.
+    /// First noisy row in the batch.
     pub start: usize,
-    /// Positions, a multiple of `block`.
+    /// Positions without a noisy row: the blocks begin after them.
+    pub prompt: usize,
+    /// Positions; those after the prompt are a multiple of `block`.
     pub length: usize,
     /// Positions per block.
     pub block: usize,
+}
+
+impl Document {
+    /// Number of noisy rows, which is also where the clean ones begin.
+    pub fn noisy(&self) -> usize {
+        self.length - self.prompt
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.noisy() + self.length
+    }
 }
 
 /// The rule: which rows a row of `document` attends to, as row ranges in the batch (clean prefix, own noisy block).
 ///
 /// Clean row p: clean rows [0, p]. Noisy row p of block [s, e): clean rows [0, s) and noisy rows [s, e).
 pub fn reach(document: &Document, clean: bool, position: usize) -> [Range<usize>; 2] {
-    let first_clean = document.start + document.length;
+    let first_clean = document.start + document.noisy();
     if clean {
         return [first_clean..first_clean + position + 1, 0..0];
     }
-    let block = position / document.block * document.block;
+    let block = (position - document.prompt) / document.block * document.block;
     let own = document.start + block;
-    [first_clean..first_clean + block, own..own + document.block]
+    [first_clean..first_clean + document.prompt + block, own..own + document.block]
 }
 
-/// Positions `start..start + rows` of one half: they see clean keys `0..prefix` and, if noisy, the tile's own keys.
+/// Rows `start..start + rows` of one half: they see clean keys `0..prefix` and, if noisy, the tile's own keys.
 struct Tile {
     clean: bool,
     start: usize,
@@ -45,32 +59,35 @@ impl Tile {
     /// What the row at `offset` sees: so many of the prefix, and which of the tile's own keys.
     #[inline(always)]
     fn columns(&self, document: &Document, offset: usize) -> (usize, Range<usize>) {
-        let [prefix, own] = reach(document, self.clean, self.start + offset);
+        let first = if self.clean { 0 } else { document.prompt };
+        let [prefix, own] = reach(document, self.clean, first + self.start + offset);
         let shift = document.start + self.start;
         (prefix.len(), if self.clean { 0..0 } else { own.start - shift..own.end - shift })
     }
 
     /// Rows of the keys, among the document's rows: the prefix and the tile's own.
     fn keys(&self, document: &Document) -> [Range<usize>; 2] {
-        [document.length..document.length + self.prefix, self.start..self.start + self.own]
+        [document.noisy()..document.noisy() + self.prefix, self.start..self.start + self.own]
     }
 
     /// First row in the batch.
     fn row(&self, document: &Document) -> usize {
-        document.start + self.start + if self.clean { document.length } else { 0 }
+        document.start + self.start + if self.clean { document.noisy() } else { 0 }
     }
 }
 
 fn tiles(document: &Document) -> impl Iterator<Item = Tile> + use<> {
-    let Document { length, block, .. } = *document;
+    let document = *document;
+    let block = document.block;
     let step = block * (TILE / block).max(1);
     [false, true].into_iter().flat_map(move |clean| {
-        (0..length).step_by(step).map(move |start| {
-            let rows = step.min(length - start);
+        let half = if clean { document.length } else { document.noisy() };
+        (0..half).step_by(step).map(move |start| {
+            let rows = step.min(half - start);
             if clean {
                 Tile { clean, start, rows, prefix: start + rows, own: 0 }
             } else {
-                Tile { clean, start, rows, prefix: start + rows - block, own: rows }
+                Tile { clean, start, rows, prefix: document.prompt + start + rows - block, own: rows }
             }
         })
     })
@@ -96,7 +113,7 @@ fn scatter(from: &[f32], factor: f32, to: &mut [f32], stride: usize, first: usiz
     }
 }
 
-/// One document and one key head: its keys and values, (2 length, head_dim) each.
+/// One document and one key head: its keys and values, (rows, head_dim) each.
 struct Part<'a> {
     heads: &'a Heads,
     document: &'a Document,
@@ -119,7 +136,7 @@ impl<'a> Part<'a> {
         let pairs = documents.iter().flat_map(|document| (0..heads.kv_heads).map(move |kv| (document, kv)));
         pairs.map(move |(document, kv)| {
             let copy = |head: usize| {
-                let mut out = vec![0.0; 2 * document.length * heads.head_dim];
+                let mut out = vec![0.0; document.rows() * heads.head_dim];
                 let column = head * heads.head_dim;
                 gather(qkv, heads.width(), document.start, column, heads.head_dim, 1.0, &mut out);
                 out

@@ -47,6 +47,13 @@ impl Program {
         Program { source: source.into() }
     }
 
+    /// Source that must run and define a function.
+    pub fn defining(source: &str) -> Program {
+        const CHECK: &str =
+            "import types\nassert any(isinstance(v, types.FunctionType) for v in list(globals().values()))";
+        Program { source: format!("{source}\n\n{CHECK}\n") }
+    }
+
     /// A program that only parses `source`.
     pub fn parsing(source: &str) -> Program {
         let literal = serde_json::Value::from(source);

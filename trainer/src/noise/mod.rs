@@ -1,4 +1,6 @@
-//! The mask corruption: how much of each block is masked, and which tokens.
+//! The mask corruption: how much of each block is masked, and which tokens. [`edit`] has the other corruption.
+
+pub mod edit;
 
 use rand::{Rng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;

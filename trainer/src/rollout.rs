@@ -1,0 +1,130 @@
+//! What a model writes on its own, and by which path: prompts decoded by the engine, checked by running them.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use unmask_engine::{BlockTrace, Engine, Event, Limits as EngineLimits, Model, Reason, Request, RequestId, Settings};
+
+use crate::{
+    measure::Point,
+    tasks::{
+        Task,
+        verify::{self, Limits, Outcome, Program},
+    },
+    trajectory::Trajectory,
+};
+
+/// Longest answer (tokens).
+const MAX_TOKENS: u32 = 256;
+/// Requests in the engine at once.
+const ACTIVE_MAX: usize = 64;
+
+/// One decoded prompt.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rollout {
+    /// The answer without its stop token.
+    pub answer: Vec<u32>,
+    /// How each block came about.
+    blocks: Vec<BlockTrace>,
+    /// Passes in all.
+    pub passes: u32,
+    /// Whether the model ended the answer by itself.
+    pub ended: bool,
+}
+
+/// Decodes prompts greedily, many at a time; in order. `progress` hears how many are done.
+///
+/// # Errors
+/// A prompt is empty or too long for the model.
+pub fn roll_out(
+    model: &Arc<Model>,
+    prompts: &[Vec<u32>],
+    point: Point,
+    mut progress: impl FnMut(usize),
+) -> anyhow::Result<Vec<Rollout>> {
+    let limits = EngineLimits { active_max: ACTIVE_MAX, queue_max: prompts.len().max(1), ..EngineLimits::default() };
+    let mut engine = Engine::new(Arc::clone(model), limits);
+    for (index, prompt) in prompts.iter().enumerate() {
+        let mut settings = Settings::new(MAX_TOKENS, point.block_size, point.policy());
+        // A raw request reports its blocks and knows no end but those it is given.
+        settings.stop_ids.clone_from(&model.config().eos_ids);
+        let mut request = Request::new(RequestId(index as u64), prompt.clone(), settings);
+        request.raw = true;
+        engine.submit(request).with_context(|| format!("prompt {index}"))?;
+    }
+    let mut done = vec![Rollout::default(); prompts.len()];
+    let (mut events, mut finished) = (Vec::new(), 0);
+    while engine.has_work() {
+        engine.step(&mut events);
+        for event in events.drain(..) {
+            let rollout = &mut done[event.id().0 as usize];
+            match event {
+                Event::Commit { tokens, .. } => rollout.answer.extend(tokens),
+                Event::Trace { trace, .. } => rollout.blocks.push(trace),
+                Event::Finished { nfe, reason, .. } => {
+                    (rollout.passes, rollout.ended) = (nfe, reason == Reason::Stop);
+                    finished += 1;
+                    progress(finished);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(done)
+}
+
+impl Rollout {
+    /// The path from `prompt` to the answer, in blocks of `block` positions; what was never decoded after the end is
+    /// filled with `end` in the last pass. `None` when the model did not end by itself or changed what it had written.
+    pub fn trajectory(&self, prompt: &[u32], block: usize, end: u32) -> Option<Trajectory> {
+        if !self.ended || self.blocks.iter().any(|trace| !trace.edits.is_empty()) {
+            return None;
+        }
+        let mut tokens = [prompt, &self.answer, &[end]].concat();
+        let length = tokens.len();
+        tokens.resize(length.next_multiple_of(block), end);
+        let first = prompt.len() / block * block;
+        let mut reveal = vec![0u16; tokens.len() - first];
+        for trace in &self.blocks {
+            let start = trace.fills.iter().map(|fill| fill.pass).min()?;
+            for fill in &trace.fills {
+                if let Some(reveal) = reveal.get_mut((fill.position as usize).checked_sub(first)?) {
+                    *reveal = (fill.pass - start + 1) as u16;
+                }
+            }
+        }
+        for (index, block) in reveal.chunks_exact_mut(block).enumerate() {
+            let last = block.iter().copied().max().unwrap_or(0).max(1);
+            let given = prompt.len().saturating_sub(first + index * block.len());
+            block.iter_mut().skip(given).filter(|fell| **fell == 0).for_each(|fell| *fell = last);
+        }
+        Some(Trajectory { tokens, length, block, reveal })
+    }
+}
+
+/// A prompt to complete and what its completion must do.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// As a user types it.
+    pub text: String,
+    /// The task it is all of, whose tests decide; without one, the completion must run and define a function.
+    pub task: Option<Task>,
+}
+
+impl Prompt {
+    fn program(&self, answer: &str) -> Program {
+        match &self.task {
+            Some(task) => Program::of(task, answer),
+            None => Program::defining(&format!("{}{answer}", self.text)),
+        }
+    }
+}
+
+/// Which answers do what their prompts ask for; `answers` are pairs of a prompt and a text.
+///
+/// # Errors
+/// Python cannot be run.
+pub fn verify(answers: &[(&Prompt, String)]) -> anyhow::Result<Vec<bool>> {
+    let programs: Vec<Program> = answers.iter().map(|(prompt, answer)| prompt.program(answer)).collect();
+    Ok(verify::run(&programs, &Limits::default())?.into_iter().map(|outcome| outcome == Outcome::Passed).collect())
+}

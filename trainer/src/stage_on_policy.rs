@@ -1,0 +1,263 @@
+//! On-policy training (Seed Diffusion, section 3.3): the model learns from its own shortest denoising paths that lead to
+//! programs which pass their tests.
+//!
+//! Where the paper minimises the length of paths by a score-function gradient, this is expert iteration: each round
+//! decodes prompts at several thresholds, keeps per prompt the passing path of fewest passes, and trains on its states,
+//! beside a share of masked documents.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use rand::{Rng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use unmask_engine::{LoadOptions, Model};
+use unmask_text::{Specials, Tokenizer};
+
+use crate::{
+    checkpoint::digest,
+    config::{MaskStage, RawMaskStage},
+    layout::Example,
+    measure::{self, Point},
+    progress::{Progress, RoundRecord},
+    rollout::{Prompt, roll_out, verify},
+    stage_mask::corrupted,
+    stream::{Purpose, generator},
+    tasks::{Part, Task, Tasks, verify::with_expected_results},
+    training::{Sources, Summary, Training},
+    trajectory::Trajectory,
+};
+
+/// Index of the guard's first task: rounds draw from 0 on and never come this far.
+const GUARD_FIRST: u64 = 1 << 40;
+
+/// Settings as written. Unknown keys are errors.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawOnPolicy {
+    /// Steps between rollouts.
+    pub round_steps: usize,
+    /// Prompts per round.
+    pub prompts: usize,
+    /// Share of prompts cut at a random character; they are decoded at the first threshold only, and their answers must
+    /// run and define a function.
+    pub cut_share: f64,
+    /// Confidence thresholds of the rollouts, the most cautious first.
+    pub thresholds: Vec<f32>,
+    /// Share of a step's tokens that are documents corrupted as in the curriculum.
+    pub replay: f64,
+    /// Tasks whose pass rate is watched.
+    pub guard_tasks: usize,
+    /// Training stops when their pass rate falls by more than this (percentage points).
+    pub guard_points: f64,
+}
+
+/// Checked settings.
+#[derive(Clone, Debug)]
+pub struct OnPolicyStage {
+    own: RawOnPolicy,
+    stage: MaskStage,
+}
+
+impl OnPolicyStage {
+    /// Checks everything.
+    ///
+    /// # Errors
+    /// All problems, one per line, each beginning with its key.
+    pub fn new(own: RawOnPolicy, stage: RawMaskStage) -> anyhow::Result<OnPolicyStage> {
+        let share = |key: &str, value: f64| {
+            (!(0.0..=1.0).contains(&value)).then(|| format!("on_policy.{key}: must be in [0, 1], is {value}"))
+        };
+        let counts = [("round_steps", own.round_steps), ("prompts", own.prompts), ("guard_tasks", own.guard_tasks)];
+        let mut problems: Vec<String> = counts
+            .into_iter()
+            .filter(|(_, count)| *count == 0)
+            .map(|(key, _)| format!("on_policy.{key}: must be at least 1"))
+            .chain([share("cut_share", own.cut_share), share("replay", own.replay)].into_iter().flatten())
+            .collect();
+        if own.thresholds.is_empty() || own.thresholds.iter().any(|tau| !(*tau > 0.0 && *tau <= 1.0)) {
+            problems.push(format!("on_policy.thresholds: at least one, each in (0, 1], not {:?}", own.thresholds));
+        }
+        if stage.init.checkpoint.is_none() {
+            problems.push("stage.init.checkpoint: this stage needs a model to start from".into());
+        }
+        let stage = stage.validate();
+        if let Err(error) = &stage {
+            problems.push(error.to_string());
+        }
+        ensure!(problems.is_empty(), "{}", problems.join("\n"));
+        Ok(OnPolicyStage { own, stage: stage? })
+    }
+}
+
+/// Runs the stage to its last step, or until the guard stops it; the exported model is the last one that the guard
+/// let pass. Continues from the newest checkpoint in `out`, if there is one.
+///
+/// # Errors
+/// As [`train_mask`](crate::train_mask), and when the engine cannot load the model or Python cannot be run.
+pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::Result<Summary> {
+    let started = Instant::now();
+    let OnPolicyStage { own, stage: config } = stage;
+    let raw = &config.raw;
+    let mut training = Training::start(config, sources, digest(config, own))?;
+    let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
+    let rounds = Rounds::open(own, config, sources)?;
+    let mut least = None;
+    while training.state.step < raw.steps {
+        let step = training.state.step;
+        let (record, paths) = rounds.roll(&training, step)?;
+        let least = *least.get_or_insert(record.pass_rate - own.guard_points / 100.0);
+        let fell = record.pass_rate < least;
+        progress.round(record)?;
+        if fell {
+            tracing::warn!("the pass rate fell below {:.1}%: the model of the round before is kept", 100.0 * least);
+            let eval = training.measure()?;
+            return Ok(training.summary(eval, started));
+        }
+        training.export(&raw.out.join("model"))?;
+        ensure!(!paths.is_empty(), "no rollout passes: start from a model that solves some of its tasks");
+        for _ in 0..own.round_steps.min(raw.steps - step) {
+            progress.step(training.step(|stream, block, rng| {
+                let replay = (raw.batch.tokens as f64 * own.replay) as usize;
+                let mut examples = states(&paths, raw.batch.tokens - replay, block, sources.vocabulary.mask, rng);
+                if replay > 0 {
+                    examples.extend(corrupted(config, step, stream, replay, block, sources.vocabulary, rng));
+                }
+                examples
+            })?)?;
+        }
+        training.save()?;
+    }
+    let (record, _) = rounds.roll(&training, raw.steps)?;
+    let fell = least.is_some_and(|least| record.pass_rate < least);
+    progress.round(record)?;
+    let eval = training.measure()?;
+    progress.eval(eval.clone())?;
+    if fell { Ok(training.summary(eval, started)) } else { training.finish(eval, started) }
+}
+
+/// States of random paths with blocks of `block` positions, together about `tokens` tokens.
+fn states(paths: &[Trajectory], tokens: usize, block: usize, mask: u32, rng: &mut ChaCha8Rng) -> Vec<Example> {
+    let mut own: Vec<&Trajectory> = paths.iter().filter(|path| path.block == block).collect();
+    if own.is_empty() {
+        own = paths.iter().collect();
+    }
+    let (mut examples, mut seen) = (Vec::new(), 0);
+    while seen < tokens {
+        let path = own[rng.random_range(0..own.len())];
+        seen += path.length;
+        examples.push(path.example(mask, rng));
+    }
+    examples
+}
+
+/// What every round needs.
+struct Rounds<'a> {
+    own: &'a RawOnPolicy,
+    config: &'a MaskStage,
+    sources: Sources<'a>,
+    tokenizer: Tokenizer,
+    tasks: Tasks,
+    guard: Vec<Task>,
+}
+
+impl<'a> Rounds<'a> {
+    fn open(own: &'a RawOnPolicy, config: &'a MaskStage, sources: Sources<'a>) -> anyhow::Result<Rounds<'a>> {
+        let (tasks, tokenizer) = (Tasks::new()?, measure::tokenizer(sources.tokenizer)?);
+        let drawn: Vec<Task> =
+            (0..own.guard_tasks as u64).map(|i| tasks.draw(config.raw.seed, Part::Training, GUARD_FIRST + i)).collect();
+        let guard = with_expected_results(&drawn)?;
+        Ok(Rounds { own, config, sources, tokenizer, tasks, guard })
+    }
+
+    /// Measures the guard, decodes the prompts of the round that begins after `step`, and keeps the shortest paths.
+    fn roll(&self, training: &Training<'_>, step: usize) -> anyhow::Result<(RoundRecord, Vec<Trajectory>)> {
+        let dir = tempfile::tempdir().context("a folder for the model")?;
+        let folder = dir.path().join("model");
+        training.export(&folder)?;
+        let options = LoadOptions { threads: self.config.threads, ..LoadOptions::default() };
+        let model = Arc::new(Model::load(&folder, &options)?);
+        let row = measure::measure(&model, &self.tokenizer, &self.guard, Point::of(&model), |_| {})?;
+        let mut rng = generator(self.config.raw.seed, Purpose::Prompts, step as u64);
+        let prompts = self.prompts(step, &mut rng)?;
+        let sizes = &self.config.raw.batch.block_sizes;
+        let mut best: Vec<Option<(f64, u32, Trajectory)>> = vec![None; prompts.len()];
+        let mut tally = vec![(0u32, 0u32); self.own.thresholds.len()];
+        for (offset, &block) in sizes.iter().enumerate() {
+            let mine: Vec<usize> = (offset..prompts.len()).step_by(sizes.len()).collect();
+            for (rank, &threshold) in self.own.thresholds.iter().enumerate() {
+                let point = Point { block_size: block as u32, threshold };
+                let taken: Vec<usize> =
+                    mine.iter().copied().filter(|&i| rank == 0 || prompts[i].task.is_some()).collect();
+                self.keep_best(&model, &prompts, &taken, point, &mut best, &mut tally[rank])?;
+            }
+        }
+        let kept: Vec<(f64, u32, Trajectory)> = best.into_iter().flatten().collect();
+        let (tokens, passes) = kept.iter().fold((0.0, 0), |(t, p), (tokens, passes, _)| (t + tokens, p + passes));
+        let record = RoundRecord {
+            step,
+            pass_rate: row.pass_rate,
+            tpf: row.tpf,
+            prompts: prompts.len(),
+            kept: kept.len(),
+            kept_tpf: tokens / f64::from(passes.max(1)),
+            passing: tally.iter().map(|&(passed, all)| f64::from(passed) / f64::from(all.max(1))).collect(),
+        };
+        Ok((record, kept.into_iter().map(|(_, _, path)| path).collect()))
+    }
+
+    /// Decodes the prompts `taken` at `point`, and puts the paths that pass in fewer passes than what is there in `best`.
+    fn keep_best(
+        &self,
+        model: &Arc<Model>,
+        prompts: &[Prompt],
+        taken: &[usize],
+        point: Point,
+        best: &mut [Option<(f64, u32, Trajectory)>],
+        tally: &mut (u32, u32),
+    ) -> anyhow::Result<()> {
+        let encode = |&i: &usize| self.tokenizer.encode(&prompts[i].text, Specials::AsText, false);
+        let ids: Vec<Vec<u32>> = taken.iter().map(encode).collect::<Result<_, _>>()?;
+        let rollouts = roll_out(model, &ids, point, |_| {})?;
+        let answers: Vec<(&Prompt, String)> = taken
+            .iter()
+            .zip(&rollouts)
+            .map(|(&i, rollout)| (&prompts[i], self.tokenizer.decode(&rollout.answer, true)))
+            .collect();
+        let passed = verify(&answers)?;
+        tally.0 += passed.iter().filter(|passed| **passed).count() as u32;
+        tally.1 += taken.len() as u32;
+        let end = self.sources.vocabulary.end;
+        for (((&i, ids), rollout), passed) in taken.iter().zip(&ids).zip(&rollouts).zip(passed) {
+            let shorter = best[i].as_ref().is_none_or(|(_, passes, _)| rollout.passes < *passes);
+            if !passed || !shorter {
+                continue;
+            }
+            if let Some(path) = rollout.trajectory(ids, point.block_size as usize, end) {
+                best[i] = Some((rollout.answer.len() as f64, rollout.passes, path));
+            }
+        }
+        Ok(())
+    }
+
+    fn prompts(&self, step: usize, rng: &mut ChaCha8Rng) -> anyhow::Result<Vec<Prompt>> {
+        let first = (step / self.own.round_steps * self.own.prompts) as u64;
+        let drawn: Vec<Task> = (first..first + self.own.prompts as u64)
+            .map(|i| self.tasks.draw(self.config.raw.seed, Part::Training, i))
+            .collect();
+        let mut prompts: Vec<Prompt> = with_expected_results(&drawn)?
+            .into_iter()
+            .map(|task| {
+                if !rng.random_bool(self.own.cut_share) {
+                    return Prompt { text: task.prompt.clone(), task: Some(task) };
+                }
+                let ends: Vec<usize> = task.prompt.char_indices().map(|(at, _)| at).skip(1).collect();
+                let end = if ends.is_empty() { task.prompt.len() } else { ends[rng.random_range(0..ends.len())] };
+                Prompt { text: task.prompt[..end].to_owned(), task: None }
+            })
+            .collect();
+        prompts.shuffle(rng);
+        Ok(prompts)
+    }
+}

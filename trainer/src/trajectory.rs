@@ -1,0 +1,75 @@
+//! Denoising paths: in which pass each position of a text fell, and examples made of the states on the way.
+
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::layout::Example;
+
+/// A text and the order in which its masks fell.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trajectory {
+    /// Prompt, answer, and end-of-sequence to the end of the last block.
+    pub tokens: Vec<u32>,
+    /// Tokens before the filling (the text's own end-of-sequence included).
+    pub length: usize,
+    /// Positions per block.
+    pub block: usize,
+    /// For each position from the first block on: the pass of its block in which it fell, counted from 1; 0 where it was
+    /// given. A whole number of blocks, the last of `tokens`.
+    pub reveal: Vec<u16>,
+}
+
+impl Trajectory {
+    /// Passes of all blocks together.
+    pub fn passes(&self) -> u32 {
+        self.reveal.chunks(self.block).map(|block| u32::from(block.iter().copied().max().unwrap_or(0))).sum()
+    }
+
+    /// An example of one state per block, drawn evenly from the states before each of its passes: what had not fallen is
+    /// masked and scored.
+    pub fn example(&self, mask: u32, rng: &mut ChaCha8Rng) -> Example {
+        let mut noisy = self.tokens[self.tokens.len() - self.reveal.len()..].to_vec();
+        let mut scored = vec![false; noisy.len()];
+        let blocks = noisy.chunks_exact_mut(self.block).zip(scored.chunks_exact_mut(self.block));
+        for ((tokens, scored), reveal) in blocks.zip(self.reveal.chunks_exact(self.block)) {
+            let passes = reveal.iter().copied().max().unwrap_or(0);
+            let done = if passes == 0 { 0 } else { rng.random_range(0..passes) };
+            for ((token, scored), &fell) in tokens.iter_mut().zip(scored).zip(reveal) {
+                if fell > done {
+                    (*token, *scored) = (mask, true);
+                }
+            }
+        }
+        Example { clean: self.tokens.clone(), noisy, scored, block: self.block, length: self.length }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rand::SeedableRng;
+
+    proptest! {
+        /// A state masks exactly what falls at or after some pass of the block, and never what was given.
+        #[test]
+        fn states_are_those_of_the_path(reveal in proptest::collection::vec(0u16..5, 8..=8), seed: u64) {
+            let tokens: Vec<u32> = (10..22).collect();
+            let path = Trajectory { tokens, length: 11, block: 4, reveal: reveal.clone() };
+            let example = path.example(1, &mut ChaCha8Rng::seed_from_u64(seed));
+            prop_assert_eq!(example.prompt(), 4);
+            for block in 0..2 {
+                let at = 4 * block..4 * block + 4;
+                let (fell, scored) = (&reveal[at.clone()], &example.scored[at.clone()]);
+                let first = fell.iter().zip(scored).filter(|(_, s)| **s).map(|(f, _)| *f).min();
+                prop_assert_eq!(first.is_some(), fell.iter().any(|f| *f > 0), "a block with masks has a state");
+                for (i, (&fell, &scored)) in fell.iter().zip(scored).enumerate() {
+                    prop_assert_eq!(scored, first.is_some_and(|first| fell >= first));
+                    prop_assert_eq!(example.noisy[at.start + i], if scored { 1 } else { 14 + (at.start + i) as u32 });
+                }
+            }
+        }
+    }
+}
