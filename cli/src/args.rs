@@ -354,6 +354,9 @@ pub enum TrainCommand {
     /// First stage: fill masks
     #[command(after_help = "Example:\n  unmask train mask --config models/recipe/mask.toml")]
     Mask(ConfigArgs),
+    /// Third stage: learn from the best of many sampled orders of filling
+    #[command(after_help = "Example:\n  unmask train order --config models/recipe/order.toml")]
+    Order(ConfigArgs),
     /// Last stage: learn from the model's own shortest paths to programs that pass their tests
     #[command(
         name = "on-policy",
@@ -364,6 +367,32 @@ pub enum TrainCommand {
     #[command(after_help = "Example:
   unmask train measure --model models/python-tasks-3m --tasks held-out.jsonl --block-sizes 1,16 --thresholds 0.9,0.7")]
     Measure(MeasureArgs),
+    /// Measure how a model judges visible tokens: repairs, false edits, calibration
+    #[command(after_help = "Example:\n  unmask train repair --model models/python-tasks-3m --json")]
+    Repair(RepairArgs),
+}
+
+/// `unmask train repair`
+#[derive(Debug, Args)]
+pub struct RepairArgs {
+    /// Folder or name of the model
+    #[arg(long)]
+    pub model: String,
+    /// Held-out programs
+    #[arg(long, default_value_t = 500)]
+    pub documents: usize,
+    /// Block sizes
+    #[arg(long, value_delimiter = ',', default_value = "4,8,16,32")]
+    pub block_sizes: Vec<usize>,
+    /// Edits per token
+    #[arg(long, default_value_t = 0.05)]
+    pub edits: f64,
+    /// A visible token changes when another is likelier than this
+    #[arg(long, default_value_t = 0.9)]
+    pub tau_edit: f32,
+    /// As a JSON array
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// A stage's settings.

@@ -235,6 +235,45 @@ fn read_tensors(shape: &ModelShape, prefix: &str, file: &Path) -> anyhow::Result
     Ok(flat)
 }
 
+/// Sizes of a model folder that one of the stages wrote.
+///
+/// # Errors
+/// When `config.json` is missing or lacks a key.
+pub fn read_shape(dir: &Path) -> anyhow::Result<ModelShape> {
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config: Sizes = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    Ok(ModelShape {
+        hidden: config.hidden_size,
+        inner: config.intermediate_size,
+        layers: config.num_hidden_layers,
+        heads: crate::ops::Heads {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+        },
+        vocabulary: config.vocab_size,
+        eps: config.rms_norm_eps,
+        theta: config.rope_theta,
+        positions: config.max_position_embeddings,
+    })
+}
+
+/// The keys of `config.json` that [`read_shape`] needs.
+#[derive(Deserialize)]
+struct Sizes {
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+    vocab_size: usize,
+    rms_norm_eps: f32,
+    rope_theta: f64,
+    max_position_embeddings: usize,
+}
+
 /// Weights of a model folder.
 ///
 /// # Errors

@@ -6,8 +6,8 @@
 //! In reading order: `data` and `tasks` (where documents come from), `stream` (their order), `noise` (corruption),
 //! `layout` (examples as rows), `ops` (operations with gradients), `model`, `step` (gradients of a batch), `optimizer`,
 //! `schedule`, `checkpoint`, `progress`, `config`, `training` (what stages share), `stage_mask` (the first stage),
-//! `trajectory` (denoising paths), `rollout` (what a model writes by itself), `stage_on_policy` (the last stage),
-//! `measure` (quality of the result).
+//! `trajectory` (denoising paths), `order` and `stage_order` (constrained order), `rollout` (what a model writes by itself)
+//! and `stage_on_policy` (the last stage), `measure` and `repair` (quality of the result).
 
 pub mod checkpoint;
 pub mod config;
@@ -18,12 +18,15 @@ pub mod model;
 pub mod noise;
 pub mod ops;
 pub mod optimizer;
+pub mod order;
 pub mod progress;
 pub mod recipe;
+pub mod repair;
 pub mod rollout;
 pub mod schedule;
 pub mod stage_mask;
 pub mod stage_on_policy;
+pub mod stage_order;
 pub mod step;
 pub mod stream;
 pub mod tasks;

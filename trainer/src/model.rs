@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{D, Device, Tensor, Var};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -250,6 +250,20 @@ impl Model {
             x = x.apply_op2(&layer[1], feed_forward)?;
         }
         Ok(x)
+    }
+
+    /// Logits of hidden states, (rows, vocabulary), the mask's at minus infinity.
+    ///
+    /// # Errors
+    /// When `hidden` has another width.
+    pub fn logits(&self, hidden: &Tensor) -> anyhow::Result<Tensor> {
+        let mean_square = hidden.sqr()?.mean_keepdim(D::Minus1)?;
+        let scale = (mean_square + f64::from(self.shape.eps))?.sqrt()?;
+        let normed = hidden.broadcast_div(&scale)?.broadcast_mul(&self.parameters[1])?;
+        let logits = normed.matmul(&self.parameters[0].t()?)?;
+        let mut banned = vec![0.0f32; self.shape.vocabulary];
+        banned[self.banned as usize] = f32::NEG_INFINITY;
+        Ok(logits.broadcast_add(&Tensor::from_vec(banned, self.shape.vocabulary, hidden.device())?)?)
     }
 
     /// Loss of a batch; with `keep` its gradient can be taken.

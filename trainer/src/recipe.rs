@@ -1,11 +1,16 @@
 //! What the command line runs: each stage from one TOML file.
 
-use crate::checkpoint::Vocabulary;
+use crate::checkpoint::{self, Vocabulary};
 use crate::config::RawMaskStage;
 use crate::data::{Mixture, MixtureConfig, bpe, corpus};
+use crate::model::Model;
+use crate::noise;
+use crate::repair::{Repair, repair};
 use crate::stage_mask::train_mask;
 use crate::stage_on_policy::{OnPolicyStage, RawOnPolicy, train_on_policy};
+use crate::stream::{Purpose, encode, generator};
 use crate::tasks::{Part, Tasks, verify};
+use crate::stage_order::{OrderStage, RawOrder, train_order};
 use crate::training::{Sources, Summary};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -39,6 +44,18 @@ pub struct MaskRun {
     /// Documents.
     pub data: MixtureConfig,
     /// The stage.
+    pub stage: RawMaskStage,
+}
+
+/// Constrained-order training and its data.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct OrderRun {
+    /// Documents.
+    pub data: MixtureConfig,
+    /// Orders.
+    pub order: RawOrder,
+    /// Training.
     pub stage: RawMaskStage,
 }
 
@@ -106,6 +123,15 @@ pub fn mask(run: MaskRun) -> anyhow::Result<Summary> {
     with_sources(&run.data, |sources| train_mask(&stage, sources))
 }
 
+/// Runs [`OrderRun`].
+///
+/// # Errors
+/// As [`mask`].
+pub fn order(run: OrderRun) -> anyhow::Result<Summary> {
+    let stage = OrderStage::new(run.order, run.stage)?;
+    with_sources(&run.data, |sources| train_order(&stage, sources))
+}
+
 /// Runs [`OnPolicyRun`].
 ///
 /// # Errors
@@ -113,6 +139,32 @@ pub fn mask(run: MaskRun) -> anyhow::Result<Summary> {
 pub fn on_policy(run: OnPolicyRun) -> anyhow::Result<Summary> {
     let stage = OnPolicyStage::new(run.on_policy, run.stage)?;
     with_sources(&run.data, |sources| train_on_policy(&stage, sources))
+}
+
+/// How a model folder judges visible tokens: `documents` held-out programs with `share` edits per token, per block size
+/// of `block_sizes`. The same seed corrupts them the same way for every model with this tokenizer.
+///
+/// # Errors
+/// Files of the folder.
+pub fn repair_rates(
+    folder: &Path,
+    documents: usize,
+    block_sizes: &[usize],
+    share: f64,
+    tau_edit: f32,
+) -> anyhow::Result<Vec<Repair>> {
+    let shape = checkpoint::read_shape(folder)?;
+    let vocabulary = Vocabulary::standard(shape.vocabulary);
+    let model = Model::new(shape.clone(), &checkpoint::read_weights(&shape, folder)?, vocabulary.mask)?;
+    let data = MixtureConfig::plain(folder.join("tokenizer.json"), documents);
+    let mixture = Mixture::open(&data, Part::HeldOut)?;
+    let rates = |&block: &usize| {
+        let mut rng = generator(0, Purpose::HeldOut, block as u64);
+        let filled = |index| noise::fill(encode(&mixture, index, shape.positions / 2, &mut rng), block, vocabulary.end);
+        let documents: Vec<_> = (0..documents).map(filled).collect();
+        repair(&model, documents, block, share, tau_edit, &mut generator(1, Purpose::HeldOut, block as u64))
+    };
+    block_sizes.iter().map(rates).collect()
 }
 
 fn with_sources(

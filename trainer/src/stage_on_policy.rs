@@ -18,7 +18,6 @@ use unmask_text::{Specials, Tokenizer};
 use crate::{
     checkpoint::digest,
     config::{MaskStage, RawMaskStage},
-    layout::Example,
     measure::{self, Point},
     progress::{Progress, RoundRecord},
     rollout::{Prompt, roll_out, verify},
@@ -26,7 +25,7 @@ use crate::{
     stream::{Purpose, generator},
     tasks::{Part, Task, Tasks, verify::with_expected_results},
     training::{Sources, Summary, Training},
-    trajectory::Trajectory,
+    trajectory::{Trajectory, states},
 };
 
 /// Index of the guard's first task: rounds draw from 0 on and never come this far.
@@ -103,7 +102,7 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
     let mut training = Training::start(config, sources, digest(config, own))?;
     let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
     let rounds = Rounds::open(own, config, sources)?;
-    let mut least = None;
+    let (mut least, mask) = (None, sources.vocabulary.mask);
     while training.state.step < raw.steps {
         let step = training.state.step;
         let (record, paths) = rounds.roll(&training, step)?;
@@ -120,7 +119,7 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
         for _ in 0..own.round_steps.min(raw.steps - step) {
             progress.step(training.step(|stream, block, rng| {
                 let replay = (raw.batch.tokens as f64 * own.replay) as usize;
-                let mut examples = states(&paths, raw.batch.tokens - replay, block, sources.vocabulary.mask, rng);
+                let mut examples = states(&paths, raw.batch.tokens - replay, block, 0.0, mask, rng);
                 if replay > 0 {
                     examples.extend(corrupted(config, step, stream, replay, block, sources.vocabulary, rng));
                 }
@@ -135,21 +134,6 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
     let eval = training.measure()?;
     progress.eval(eval.clone())?;
     if fell { Ok(training.summary(eval, started)) } else { training.finish(eval, started) }
-}
-
-/// States of random paths with blocks of `block` positions, together about `tokens` tokens.
-fn states(paths: &[Trajectory], tokens: usize, block: usize, mask: u32, rng: &mut ChaCha8Rng) -> Vec<Example> {
-    let mut own: Vec<&Trajectory> = paths.iter().filter(|path| path.block == block).collect();
-    if own.is_empty() {
-        own = paths.iter().collect();
-    }
-    let (mut examples, mut seen) = (Vec::new(), 0);
-    while seen < tokens {
-        let path = own[rng.random_range(0..own.len())];
-        seen += path.length;
-        examples.push(path.example(mask, rng));
-    }
-    examples
 }
 
 /// What every round needs.

@@ -113,6 +113,25 @@ pub fn gradients(
     Ok((tensors, add_up(losses.into_iter(), counts)))
 }
 
+/// Cross-entropy in nats of the scored noisy rows of each example, in order of position.
+///
+/// # Errors
+/// When a token or position is out of range.
+pub fn noisy_losses(model: &Model, examples: &[Example], spread_over: Spread) -> anyhow::Result<Vec<Vec<f32>>> {
+    let parts = micro_batches(examples, spread_over.micro_rows, spread_over.threads);
+    let done = spread(parts.len(), spread_over.threads, |index| {
+        let losses = model.score(&Batch::new(parts[index], (1.0, 0.0)), false)?.losses;
+        let mut rest = losses.as_slice();
+        let mut take = |example: &Example| {
+            let (own, others) = rest.split_at(example.scored.iter().filter(|&&scored| scored).count());
+            rest = others;
+            own.to_vec()
+        };
+        Ok(parts[index].iter().map(&mut take).collect::<Vec<_>>())
+    })?;
+    Ok(done.into_iter().flatten().collect())
+}
+
 /// Losses over `examples` without gradients.
 ///
 /// # Errors

@@ -99,7 +99,13 @@ impl<'a> Training<'a> {
         Ok(Training { config, sources, shape, model, optimizer, stream, state, held_out })
     }
 
-    fn spread(&self) -> Spread {
+    /// The model as it is.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// How to use the machine.
+    pub fn spread(&self) -> Spread {
         Spread { micro_rows: self.config.raw.batch.micro_rows, threads: self.config.threads }
     }
 

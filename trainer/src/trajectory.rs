@@ -4,7 +4,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::layout::Example;
+use crate::{layout::Example, noise::edit::edited};
 
 /// A text and the order in which its masks fell.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +44,49 @@ impl Trajectory {
         }
         Example { clean: self.tokens.clone(), noisy, scored, block: self.block, length: self.length }
     }
+
+    /// [`Trajectory::example`] with `edits` edits among what is visible (Seed Diffusion's augmentation `f`, section 3.2);
+    /// positions that were not given are all scored. New tokens come from the text itself.
+    pub fn edited_example(&self, edits: usize, mask: u32, rng: &mut ChaCha8Rng) -> Example {
+        let mut example = self.example(mask, rng);
+        let right = &self.tokens[example.prompt()..];
+        let wrong = edited(right, self.block, edits, right, rng);
+        for (i, &fell) in self.reveal.iter().enumerate().filter(|(_, fell)| **fell > 0) {
+            if !example.scored[i] {
+                example.noisy[i] = wrong[i];
+            }
+            example.scored[i] = fell > 0;
+        }
+        example
+    }
+}
+
+/// States of random paths with blocks of `block` positions, or of any where there are none, together about `tokens`
+/// tokens; each with a number of edits up to `alpha` per token.
+pub fn states(
+    paths: &[Trajectory],
+    tokens: usize,
+    block: usize,
+    alpha: f64,
+    mask: u32,
+    rng: &mut ChaCha8Rng,
+) -> Vec<Example> {
+    let mut own: Vec<&Trajectory> = paths.iter().filter(|path| path.block == block).collect();
+    if own.is_empty() {
+        own = paths.iter().collect();
+    }
+    let (mut examples, mut seen) = (Vec::new(), 0);
+    while seen < tokens && !own.is_empty() {
+        let path = own[rng.random_range(0..own.len())];
+        seen += path.length;
+        examples.push(if alpha > 0.0 {
+            let edits = rng.random_range(0.0..=alpha) * path.reveal.len() as f64;
+            path.edited_example(edits as usize, mask, rng)
+        } else {
+            path.example(mask, rng)
+        });
+    }
+    examples
 }
 
 #[cfg(test)]

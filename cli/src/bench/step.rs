@@ -5,7 +5,7 @@
 
 use super::machine::Machine;
 use super::memory::{anonymous_bytes, watched};
-use super::roof::Roof;
+use super::roof::{Meter, Roof};
 use super::shapes::Shape;
 use crate::args::Dtype;
 use crate::output;
@@ -112,7 +112,8 @@ pub fn run(args: &StepArgs) -> anyhow::Result<ExitCode> {
     let isa = Isa::detect()?;
     let machine = Machine::here();
     let threads = if args.threads == 0 { machine.cores } else { args.threads };
-    let roof = Roof::measure(isa, threads);
+    let meter = Meter::new(isa, threads);
+    let roof = meter.roof();
     let mut all = Vec::new();
     for dtype in args.dtype.iter().map(|dtype| dtype.weights()) {
         let options = LoadOptions { dtype, kv_type: KvType::Bf16, threads, isa: Some(isa), ..LoadOptions::default() };
@@ -129,7 +130,8 @@ pub fn run(args: &StepArgs) -> anyhow::Result<ExitCode> {
         let mut scene = Scene::new(&model, *args.rows.iter().max().unwrap_or(&1), args.context);
         scene.check()?;
         for &rows in &args.rows {
-            let (times, operations) = scene.measure(rows as usize);
+            let (roof, (times, operations)) =
+                meter.beside(&roof, model.weight_bytes(), || scene.measure(rows as usize));
             let memory = Memory {
                 packed_weights_bytes: model.weight_bytes(),
                 kv_bytes: scene.kv.bytes(),

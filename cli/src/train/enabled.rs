@@ -1,6 +1,6 @@
 //! The stages, each from one file of settings.
 
-use crate::args::{MeasureArgs, TasksArgs, TrainArgs, TrainCommand};
+use crate::args::{MeasureArgs, RepairArgs, TasksArgs, TrainArgs, TrainCommand};
 use crate::raw::load;
 use crate::{models, output};
 use anyhow::Context;
@@ -25,11 +25,16 @@ pub fn run(args: TrainArgs) -> anyhow::Result<ExitCode> {
             let summary = recipe::mask(recipe::read(&args.config)?)?;
             output::out(&format!("{}\n", summary.model.display()))?;
         }
+        TrainCommand::Order(args) => {
+            let summary = recipe::order(recipe::read(&args.config)?)?;
+            output::out(&format!("{}\n", summary.model.display()))?;
+        }
         TrainCommand::OnPolicy(args) => {
             let summary = recipe::on_policy(recipe::read(&args.config)?)?;
             output::out(&format!("{}\n", summary.model.display()))?;
         }
         TrainCommand::Measure(args) => measure_model(&args)?,
+        TrainCommand::Repair(args) => repair(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -38,6 +43,30 @@ fn tasks(args: &TasksArgs) -> anyhow::Result<()> {
     let part = if args.held_out { Part::HeldOut } else { Part::Training };
     let written = recipe::write_tasks(&args.out, args.seed, part, args.count)?;
     output::note(&format!("{written} tasks in {}", args.out.display()));
+    Ok(())
+}
+
+fn repair(args: &RepairArgs) -> anyhow::Result<()> {
+    anyhow::ensure!((0.0..=1.0).contains(&args.edits), "--edits: must be in [0, 1], is {}", args.edits);
+    anyhow::ensure!(args.block_sizes.iter().all(|size| *size > 0), "--block-sizes: each must be at least 1");
+    let dir = models::find(Some(&args.model))?;
+    let rates = recipe::repair_rates(&dir, args.documents, &args.block_sizes, args.edits, args.tau_edit)?;
+    if args.json {
+        output::out(&(serde_json::to_string_pretty(&rates)? + "\n"))?;
+        return Ok(());
+    }
+    output::out("block   wrong  repaired    right  falsely changed  calibration error\n")?;
+    for r in rates {
+        output::out(&format!(
+            "{:5} {:7} {:8.1}% {:8} {:15.2}% {:18.4}\n",
+            r.block_size,
+            r.wrong,
+            100.0 * r.repair_rate,
+            r.right,
+            100.0 * r.false_edit_rate,
+            r.calibration_error
+        ))?;
+    }
     Ok(())
 }
 

@@ -38,6 +38,13 @@ pub struct MixtureConfig {
     pub cut_share: f64,
 }
 
+impl MixtureConfig {
+    /// Whole generated programs, as they are.
+    pub fn plain(tokenizer: PathBuf, tasks: usize) -> Self {
+        Self { tokenizer, seed: 1, tasks, real: None, real_share: 0.0, infill_share: 0.0, cut_share: 0.0 }
+    }
+}
+
 fn default_infill_share() -> f64 {
     0.25
 }
