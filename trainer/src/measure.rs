@@ -1,6 +1,6 @@
 //! Quality of a model: how often it writes programs that pass their tests, and in how few passes.
 
-use crate::rollout::{Rollout, roll_out};
+use crate::rollout::{Rollout, STREAMS, roll_out};
 use crate::tasks::Task;
 use crate::tasks::verify::{Limits, Outcome, Program, run};
 use anyhow::{Context, ensure};
@@ -124,7 +124,7 @@ fn complete(
     done: impl FnMut(usize),
 ) -> anyhow::Result<Vec<(String, Rollout)>> {
     let ids: Result<Vec<_>, _> = prompts.iter().map(|text| tokenizer.encode(text, Specials::AsText, false)).collect();
-    let rollouts = roll_out(model, &ids?, point, done)?;
+    let rollouts = roll_out(model, &ids?, point, STREAMS, done)?.rollouts;
     Ok(rollouts.into_iter().map(|rollout| (tokenizer.decode(&rollout.answer, true), rollout)).collect())
 }
 
@@ -155,7 +155,7 @@ pub fn measure(
         dtype: model.dtype().name().into(),
         n: tasks.len(),
         pass_rate: passed as f64 / tasks.len() as f64,
-        pass_rate_low: wilson_low(passed, tasks.len()),
+        pass_rate_low: wilson(passed, tasks.len())[0],
         parse_rate: parsed as f64 / tasks.len() as f64,
         tpf: tokens as f64 / f64::from(passes.max(1)),
     })
@@ -203,12 +203,20 @@ fn count(outcomes: &[Outcome]) -> usize {
     outcomes.iter().filter(|outcome| **outcome == Outcome::Passed).count()
 }
 
-/// Lower end of the 95% interval of a share (Wilson 1927).
-fn wilson_low(passed: usize, n: usize) -> f64 {
+/// The 95% interval of a share (Wilson 1927).
+pub fn wilson(passed: usize, n: usize) -> [f64; 2] {
     let (n, p) = (n as f64, passed as f64 / n as f64);
     let centre = p + Z_95 * Z_95 / (2.0 * n);
     let spread = Z_95 * (p * (1.0 - p) / n + Z_95 * Z_95 / (4.0 * n * n)).sqrt();
-    ((centre - spread) / (1.0 + Z_95 * Z_95 / n)).max(0.0)
+    [centre - spread, centre + spread].map(|end| (end / (1.0 + Z_95 * Z_95 / n)).clamp(0.0, 1.0))
+}
+
+/// The 95% interval of the difference of two shares of the same `n` tasks, from the tasks that only one solves (normal
+/// approximation of McNemar's pairs).
+pub fn paired_difference(only_first: usize, only_second: usize, n: usize) -> [f64; 2] {
+    let (b, c, n) = (only_first as f64, only_second as f64, n as f64);
+    let spread = Z_95 * ((b + c) - (b - c) * (b - c) / n).max(0.0).sqrt();
+    [(b - c - spread) / n, (b - c + spread) / n]
 }
 
 #[cfg(test)]
@@ -217,8 +225,15 @@ mod tests {
 
     #[test]
     fn the_interval_is_wilsons() {
-        assert!((wilson_low(60, 60) - 0.9398).abs() < 1e-3);
-        assert!((wilson_low(50, 100) - 0.4038).abs() < 1e-3);
-        assert_eq!(wilson_low(0, 10), 0.0);
+        assert!((wilson(60, 60)[0] - 0.9398).abs() < 1e-3);
+        assert!((wilson(50, 100)[0] - 0.4038).abs() < 1e-3 && (wilson(50, 100)[1] - 0.5962).abs() < 1e-3);
+        assert_eq!(wilson(0, 10)[0], 0.0);
+    }
+
+    #[test]
+    fn a_paired_difference_counts_tasks_that_one_side_alone_solves() {
+        let [low, high] = paired_difference(12, 8, 1000);
+        assert!((low + high - 0.008).abs() < 1e-12 && low < 0.0 && high > 0.008 / 2.0, "{low} {high}");
+        assert_eq!(paired_difference(0, 0, 10), [0.0, 0.0]);
     }
 }

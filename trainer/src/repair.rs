@@ -64,9 +64,12 @@ pub fn repair(
         let visible = part.iter().flat_map(|example| &example.noisy);
         let targets = part.iter().flat_map(|example: &Example| &example.clean);
         let all = visible.zip(targets).zip(tokens.into_iter().zip(confidences));
-        judged.extend(
-            all.map(|((&visible, &target), (token, confidence))| Judged { visible, target, token, confidence }),
-        );
+        judged.extend(all.map(|((&visible, &target), (token, confidence))| Judged {
+            visible,
+            target,
+            token,
+            confidence,
+        }));
     }
     Ok(summary(&judged, block, tau_edit))
 }

@@ -16,8 +16,8 @@ use crate::{
 
 /// Longest answer (tokens).
 const MAX_TOKENS: u32 = 256;
-/// Requests in the engine at once.
-const ACTIVE_MAX: usize = 64;
+/// Requests in the engine at once where nothing else is asked for.
+pub const STREAMS: usize = 64;
 
 /// One decoded prompt.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -32,7 +32,18 @@ pub struct Rollout {
     pub ended: bool,
 }
 
-/// Decodes prompts greedily, many at a time; in order. `progress` hears how many are done.
+/// Prompts decoded together, and what the engine did for them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Run {
+    /// In order of the prompts.
+    pub rollouts: Vec<Rollout>,
+    /// Forward passes of the engine, those for prompts included.
+    pub steps: u64,
+    /// Rows of them all.
+    pub rows: u64,
+}
+
+/// Decodes prompts greedily, `streams` at a time. `progress` hears how many are done.
 ///
 /// # Errors
 /// A prompt is empty or too long for the model.
@@ -40,9 +51,10 @@ pub fn roll_out(
     model: &Arc<Model>,
     prompts: &[Vec<u32>],
     point: Point,
+    streams: usize,
     mut progress: impl FnMut(usize),
-) -> anyhow::Result<Vec<Rollout>> {
-    let limits = EngineLimits { active_max: ACTIVE_MAX, queue_max: prompts.len().max(1), ..EngineLimits::default() };
+) -> anyhow::Result<Run> {
+    let limits = EngineLimits { active_max: streams, queue_max: prompts.len().max(1), ..EngineLimits::default() };
     let mut engine = Engine::new(Arc::clone(model), limits);
     for (index, prompt) in prompts.iter().enumerate() {
         let mut settings = Settings::new(MAX_TOKENS, point.block_size, point.policy());
@@ -52,12 +64,13 @@ pub fn roll_out(
         request.raw = true;
         engine.submit(request).with_context(|| format!("prompt {index}"))?;
     }
-    let mut done = vec![Rollout::default(); prompts.len()];
+    let mut run = Run { rollouts: vec![Rollout::default(); prompts.len()], ..Run::default() };
     let (mut events, mut finished) = (Vec::new(), 0);
     while engine.has_work() {
-        engine.step(&mut events);
+        let report = engine.step(&mut events);
+        (run.steps, run.rows) = (run.steps + 1, run.rows + u64::from(report.rows));
         for event in events.drain(..) {
-            let rollout = &mut done[event.id().0 as usize];
+            let rollout = &mut run.rollouts[event.id().0 as usize];
             match event {
                 Event::Commit { tokens, .. } => rollout.answer.extend(tokens),
                 Event::Trace { trace, .. } => rollout.blocks.push(trace),
@@ -70,7 +83,7 @@ pub fn roll_out(
             }
         }
     }
-    Ok(done)
+    Ok(run)
 }
 
 impl Rollout {

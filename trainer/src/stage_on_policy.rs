@@ -20,7 +20,7 @@ use crate::{
     config::{MaskStage, RawMaskStage},
     measure::{self, Point},
     progress::{Progress, RoundRecord},
-    rollout::{Prompt, roll_out, verify},
+    rollout::{Prompt, STREAMS, roll_out, verify},
     stage_mask::corrupted,
     stream::{Purpose, generator},
     tasks::{Part, Task, Tasks, verify::with_expected_results},
@@ -203,7 +203,7 @@ impl<'a> Rounds<'a> {
     ) -> anyhow::Result<()> {
         let encode = |&i: &usize| self.tokenizer.encode(&prompts[i].text, Specials::AsText, false);
         let ids: Vec<Vec<u32>> = taken.iter().map(encode).collect::<Result<_, _>>()?;
-        let rollouts = roll_out(model, &ids, point, |_| {})?;
+        let rollouts = roll_out(model, &ids, point, STREAMS, |_| {})?.rollouts;
         let answers: Vec<(&Prompt, String)> = taken
             .iter()
             .zip(&rollouts)

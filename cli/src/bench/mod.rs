@@ -4,6 +4,7 @@
 //! - [`step`], [`shapes`]: one forward pass against that, operation by operation
 //! - [`streams`]: many requests in one engine against that
 //! - [`serve`]: the whole path under load
+//! - `twin`: a model against its autoregressive decoding (with the cargo feature `train`)
 //! - [`machine`], [`memory`]: what a measurement ran on, and what it held
 
 pub mod machine;
@@ -13,6 +14,8 @@ pub mod serve;
 pub mod shapes;
 pub mod step;
 pub mod streams;
+#[cfg(feature = "train")]
+pub mod twin;
 
 use clap::{Args, Subcommand};
 use std::process::ExitCode;
@@ -40,6 +43,10 @@ pub enum BenchCommand {
     /// Serving: latency, throughput and goodput from client to worker
     #[command(after_help = serve::args::EXAMPLES)]
     Serve(serve::args::ServeArgs),
+    /// Compare a model with autoregressive decoding on held-out tasks: tokens/s, passes, pass rate
+    #[cfg(feature = "train")]
+    #[command(after_help = twin::EXAMPLES)]
+    Twin(twin::TwinArgs),
 }
 
 /// Runs the command.
@@ -52,5 +59,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         BenchCommand::Step(args) => step::run(&args),
         BenchCommand::Streams(args) => streams::run(&args),
         BenchCommand::Serve(args) => serve::run(args),
+        #[cfg(feature = "train")]
+        BenchCommand::Twin(args) => twin::run(&args),
     }
 }

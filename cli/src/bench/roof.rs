@@ -156,7 +156,8 @@ pub fn run(args: &RoofArgs) -> anyhow::Result<ExitCode> {
     let machine = Machine::here();
     let mut threads = vec![1, machine.cores];
     threads.dedup();
-    let report = Report { roofs: threads.into_iter().map(|threads| Meter::new(isa, threads).roof()).collect(), machine };
+    let report =
+        Report { roofs: threads.into_iter().map(|threads| Meter::new(isa, threads).roof()).collect(), machine };
     let text = if args.json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { table(&report) };
     output::out(&text)?;
     Ok(ExitCode::SUCCESS)

@@ -246,7 +246,7 @@ impl<'a> Scene<'a> {
 }
 
 /// Floors per operation (milliseconds).
-fn floors(
+pub(super) fn floors(
     config: &ModelConfig,
     weight_bytes: usize,
     roof: &Roof,
