@@ -1,0 +1,185 @@
+//! The stages after masks, on a toy language and on the bundled model: each has the effect it is for.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::path::{Path, PathBuf};
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use unmask_trainer::{
+    RawMaskStage, Sources, Summary,
+    checkpoint::{Vocabulary, read_shape, read_weights},
+    data::Documents,
+    model::Model,
+    noise::{self, Filled},
+    order::{Sampling, best_orders},
+    progress::{Record, RoundRecord},
+    recipe,
+    repair::{Repair, repair},
+    stage_order::{OrderStage, RawOrder, train_order},
+    step::Spread,
+    train_mask,
+    trajectory::Trajectory,
+};
+
+/// A random word of seven letters and the same word again.
+struct Copies;
+
+impl Documents for Copies {
+    fn len(&self) -> usize {
+        50
+    }
+
+    fn encode(&self, _: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
+        let word: Vec<u32> = (0..7).map(|_| rng.random_range(6..14)).collect();
+        [word.clone(), word, vec![0]].concat()
+    }
+}
+
+fn stage(out: &Path, steps: usize, more: &str) -> RawMaskStage {
+    let text = format!(
+        r#"
+        out = {:?}
+        steps = {steps}
+        threads = 2
+        {more}
+        [model]
+        hidden_size = 32
+        intermediate_size = 64
+        num_hidden_layers = 2
+        num_attention_heads = 4
+        num_key_value_heads = 2
+        head_dim = 8
+        max_position_embeddings = 64
+        [batch]
+        tokens = 400
+        length = 32
+        micro_rows = 300
+        block_sizes = [4, 8]
+        [optimizer]
+        rule = "muon"
+        rate = 5e-3
+        warm_up = 10
+        decay = "cosine"
+        [decode]
+        block_size = 8
+        tau = 0.9
+        max_tokens = 32
+        "#,
+        out.display().to_string()
+    );
+    toml::from_str(&text).unwrap()
+}
+
+fn train(raw: RawMaskStage, dir: &Path) -> Summary {
+    let vocabulary = Vocabulary::standard(14);
+    let sources = Sources { train: &Copies, held_out: &Copies, vocabulary: &vocabulary, tokenizer: dir };
+    train_mask(&raw.validate().unwrap(), sources).unwrap()
+}
+
+fn load(folder: &Path) -> Model {
+    let shape = read_shape(folder).unwrap();
+    Model::new(shape.clone(), &read_weights(&shape, folder).unwrap(), Vocabulary::standard(14).mask).unwrap()
+}
+
+fn texts(count: usize, block: usize, rng: &mut ChaCha8Rng) -> Vec<Filled> {
+    (0..count).map(|i| noise::fill(Copies.encode(i, rng), block, 0)).collect()
+}
+
+fn judge(folder: &Path) -> Repair {
+    let documents = texts(200, 8, &mut ChaCha8Rng::seed_from_u64(1));
+    repair(&load(folder), documents, 8, 0.1, 0.5, &mut ChaCha8Rng::seed_from_u64(2)).unwrap()
+}
+
+#[test]
+fn edits_teach_to_repair_and_orders_are_found_and_learnt() {
+    let dir = tempfile::tempdir().unwrap();
+    let masks = train(stage(&dir.path().join("mask"), 250, ""), dir.path());
+    let init = |from: &Summary| format!("init = {{ checkpoint = {:?} }}", from.model.display().to_string());
+
+    let edits = "edits = { share = 1.0, alpha = 0.1, masked = 0.5 }";
+    let edited = train(stage(&dir.path().join("edit"), 150, &format!("{}\n{edits}", init(&masks))), dir.path());
+    let (before, after) = (judge(&masks.model), judge(&edited.model));
+    // Half of the wrong tokens stand where nothing tells what was there; the other half copies what can be seen.
+    assert!(after.repair_rate > before.repair_rate + 0.15, "{before:?}\n{after:?}");
+    assert!(after.false_edit_rate < 0.02 && after.false_edit_rate < before.false_edit_rate, "{before:?}\n{after:?}");
+    assert!(after.calibration_error < before.calibration_error, "{before:?}\n{after:?}");
+
+    the_best_of_sampled_orders_beats_a_random_one(&load(&masks.model));
+
+    let vocabulary = Vocabulary::standard(14);
+    let sources = Sources { train: &Copies, held_out: &Copies, vocabulary: &vocabulary, tokenizer: dir.path() };
+    let own = RawOrder { texts: 16, orders: 3, keep: 0.5, temperature: 0.5, alpha: 0.05, replay: 0.3 };
+    let out = dir.path().join("order");
+    let order = OrderStage::new(own, stage(&out, 3, &init(&masks))).unwrap();
+    train_order(&order, sources).unwrap();
+    let file = std::fs::read_to_string(out.join("orders.jsonl")).unwrap();
+    let paths: Vec<Trajectory> = file.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(paths.len(), 8, "the best half of eight texts at each of two block sizes");
+    for path in &paths {
+        assert_eq!(path.reveal.len(), path.tokens.len());
+        assert!(path.reveal.iter().all(|pass| (1..=path.block as u16).contains(pass)), "{path:?}");
+    }
+}
+
+fn the_best_of_sampled_orders_beats_a_random_one(model: &Model) {
+    let spread = Spread { micro_rows: 1000, threads: 2 };
+    let mean = |orders, temperature| {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let texts = texts(100, 8, &mut rng);
+        let sampling = Sampling { orders, temperature, mask: Vocabulary::standard(14).mask };
+        let found = best_orders(model, &texts, 8, sampling, spread, &mut ChaCha8Rng::seed_from_u64(4)).unwrap();
+        found.iter().map(|(_, elbo)| elbo).sum::<f64>() / found.len() as f64
+    };
+    let (random, best) = (mean(1, 1e6), mean(6, 0.5));
+    assert!(best > random + 0.02, "random {random}, best of six {best}");
+}
+
+#[test]
+fn settings_of_later_stages_name_every_wrong_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = RawOrder { texts: 0, orders: 1, keep: 2.0, temperature: -1.0, alpha: 0.0, replay: 0.0 };
+    let error = OrderStage::new(own, stage(dir.path(), 0, "")).unwrap_err().to_string();
+    for key in ["order.texts", "order.keep", "order.temperature", "stage.init.checkpoint", "steps"] {
+        assert!(error.contains(key), "{key} in {error}");
+    }
+}
+
+fn models() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models")
+}
+
+/// A few steps of the last stage on the bundled model: rounds are measured and logged, the paths that are learnt from
+/// are shorter than what the model does by default, and the result still solves its tasks.
+#[test]
+fn on_policy_training_learns_from_shorter_paths() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = models().join(std::fs::read_to_string(models().join("default")).unwrap().trim());
+    let mut run: recipe::OnPolicyRun = recipe::read(&models().join("recipe/on-policy.toml")).unwrap();
+    run.data.tokenizer = folder.join("tokenizer.json");
+    run.stage.init.checkpoint = Some(folder);
+    run.stage.out = dir.path().join("out");
+    run.stage.steps = 2;
+    run.stage.optimizer.warm_up = 1;
+    run.stage.batch.tokens = 512;
+    run.stage.eval.documents = 2;
+    (run.on_policy.round_steps, run.on_policy.prompts, run.on_policy.guard_tasks) = (1, 24, 24);
+    run.on_policy.thresholds = vec![0.95, 0.7];
+    run.on_policy.guard_points = 30.0;
+    let out = run.stage.out.clone();
+    let summary = recipe::on_policy(run).unwrap();
+    assert_eq!(summary.steps, 2);
+    let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
+    let rounds: Vec<RoundRecord> = log
+        .lines()
+        .filter_map(|line| match serde_json::from_str(line).unwrap() {
+            Record::Round(round) => Some(round),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(rounds.iter().map(|round| round.step).collect::<Vec<_>>(), [0, 1, 2]);
+    for round in rounds {
+        assert!(round.kept * 2 > round.prompts && round.pass_rate > 0.5, "{round:?}");
+        assert!(round.kept_tpf > 1.3 && round.passing.iter().all(|share| *share > 0.3), "{round:?}");
+    }
+    assert!(summary.model.join("model.safetensors").exists());
+}
