@@ -110,7 +110,7 @@ fn edits_teach_to_repair_and_orders_are_found_and_learnt() {
     let sources = Sources { train: &Copies, held_out: &Copies, vocabulary: &vocabulary, tokenizer: dir.path() };
     let own = RawOrder { texts: 16, orders: 3, keep: 0.5, temperature: 0.5, alpha: 0.05, replay: 0.3 };
     let out = dir.path().join("order");
-    let order = OrderStage::new(own, stage(&out, 3, &init(&masks))).unwrap();
+    let order = OrderStage::new(own, stage(&out, 12, &init(&masks))).unwrap();
     train_order(&order, sources).unwrap();
     let file = std::fs::read_to_string(out.join("orders.jsonl")).unwrap();
     let paths: Vec<Trajectory> = file.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
