@@ -438,6 +438,9 @@ pub struct MeasureArgs {
     /// Confidence thresholds
     #[arg(long, value_delimiter = ',', default_value = "0.95,0.9,0.8,0.7,0.5")]
     pub thresholds: Vec<f32>,
+    /// Let visible tokens of the open block change when another is likelier than this (`joint_edit`)
+    #[arg(long, conflicts_with = "write")]
+    pub tau_edit: Option<f32>,
     /// Type of the weights
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,

@@ -21,17 +21,27 @@ pub struct Point {
     pub block_size: u32,
     /// Confidence threshold.
     pub threshold: f32,
+    /// Visible tokens change when another is likelier than this; `None`: they never change.
+    pub tau_edit: Option<f32>,
 }
+
+/// Passes that may follow the fall of a block's last mask where visible tokens can change.
+const POST_STEPS: u32 = 2;
 
 impl Point {
     /// The autoregressive baseline.
-    pub const AUTOREGRESSIVE: Point = Point { block_size: 1, threshold: 1.0 };
+    pub const AUTOREGRESSIVE: Point = Point::threshold(1, 1.0);
+
+    /// Blocks in which everything above a threshold is filled.
+    pub const fn threshold(block_size: u32, threshold: f32) -> Point {
+        Point { block_size, threshold, tau_edit: None }
+    }
 
     /// The way a model decodes unless told otherwise.
     pub fn of(model: &Model) -> Point {
         let decode = model.config().decode;
         match decode.policy {
-            Policy::Threshold { tau, .. } => Point { block_size: decode.block_size, threshold: tau },
+            Policy::Threshold { tau, .. } => Point::threshold(decode.block_size, tau),
             _ => Point::AUTOREGRESSIVE,
         }
     }
@@ -41,7 +51,11 @@ impl Point {
         if self.block_size == 1 {
             return Policy::Autoregressive;
         }
-        Policy::Threshold { tau: self.threshold, comparison: Comparison::Strict, quota_steps: None }
+        let tau = self.threshold;
+        match self.tau_edit {
+            Some(tau_edit) => Policy::JointEdit { tau, tau_edit, max_post_steps: POST_STEPS },
+            None => Policy::Threshold { tau, comparison: Comparison::Strict, quota_steps: None },
+        }
     }
 }
 
@@ -149,7 +163,12 @@ pub fn measure(
     let (tokens, passes) = answers.iter().fold((0, 0), |(t, p), (_, a)| (t + a.answer.len(), p + a.passes));
     let autoregressive = point.block_size == 1;
     Ok(Row {
-        policy: if autoregressive { "autoregressive" } else { "threshold" }.into(),
+        policy: match point {
+            _ if autoregressive => "autoregressive",
+            Point { tau_edit: Some(_), .. } => "joint_edit",
+            _ => "threshold",
+        }
+        .into(),
         block_size: point.block_size,
         threshold: (!autoregressive).then_some(point.threshold),
         dtype: model.dtype().name().into(),

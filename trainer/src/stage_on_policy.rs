@@ -171,7 +171,7 @@ impl<'a> Rounds<'a> {
         for (offset, &block) in sizes.iter().enumerate() {
             let mine: Vec<usize> = (offset..prompts.len()).step_by(sizes.len()).collect();
             for (rank, &threshold) in self.own.thresholds.iter().enumerate() {
-                let point = Point { block_size: block as u32, threshold };
+                let point = Point::threshold(block as u32, threshold);
                 let taken: Vec<usize> =
                     mine.iter().copied().filter(|&i| rank == 0 || prompts[i].task.is_some()).collect();
                 self.keep_best(&model, &prompts, &taken, point, &mut best, &mut tally[rank])?;

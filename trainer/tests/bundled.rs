@@ -8,7 +8,7 @@ use unmask_kernels::{KvType, WeightType};
 use unmask_trainer::measure::{Point, cuts, measure, tokenizer};
 use unmask_trainer::tasks::{Part, Task, Tasks, verify};
 
-const POINT: Point = Point { block_size: 16, threshold: 0.9 };
+const POINT: Point = Point::threshold(16, 0.9);
 
 fn folder() -> PathBuf {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");

@@ -129,10 +129,8 @@ pub fn run(args: &TwinArgs) -> anyhow::Result<ExitCode> {
     let model = load(&args.model, args.dtype)?;
     let baseline = args.twin.as_ref().map_or_else(|| Ok(Arc::clone(&model)), |twin| load(twin, args.dtype))?;
     let default = Point::of(&model);
-    let point = Point {
-        block_size: args.block_size.unwrap_or(default.block_size),
-        threshold: args.threshold.unwrap_or(default.threshold),
-    };
+    let point =
+        Point::threshold(args.block_size.unwrap_or(default.block_size), args.threshold.unwrap_or(default.threshold));
     let tokenizers = [Some(&args.model), args.twin.as_ref()]
         .map(|name| measure::tokenizer(&models::find(Some(name.unwrap_or(&args.model)))?));
     let [tokenizer, twins] = tokenizers;

@@ -100,7 +100,7 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
 fn measure_cuts(args: &MeasureArgs, model: &Arc<Model>, tokenizer: &Tokenizer, tasks: &[Task]) -> anyhow::Result<Cuts> {
     let point = match (&args.block_sizes[..], &args.thresholds[..]) {
         ([1], _) => Point::AUTOREGRESSIVE,
-        (&[block_size], &[threshold]) => Point { block_size, threshold },
+        (&[block_size], &[threshold]) => Point::threshold(block_size, threshold),
         _ => Point::of(model),
     };
     let all = cuts(model, tokenizer, &tasks[..args.cuts.min(tasks.len())], point, |_| {})?;
@@ -124,7 +124,8 @@ fn points(args: &MeasureArgs) -> Vec<Point> {
         if block_size == 1 {
             points.push(Point::AUTOREGRESSIVE);
         } else {
-            points.extend(args.thresholds.iter().map(|&threshold| Point { block_size, threshold }));
+            let tau_edit = args.tau_edit;
+            points.extend(args.thresholds.iter().map(|&threshold| Point { block_size, threshold, tau_edit }));
         }
     }
     points
