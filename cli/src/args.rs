@@ -441,6 +441,9 @@ pub struct MeasureArgs {
     /// Let visible tokens of the open block change when another is likelier than this (`joint_edit`)
     #[arg(long, conflicts_with = "write")]
     pub tau_edit: Option<f32>,
+    /// With `--tau-edit`: passes that may follow the fall of a block's last mask
+    #[arg(long, default_value_t = 0, requires = "tau_edit")]
+    pub post_steps: u32,
     /// Type of the weights
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,

@@ -21,12 +21,18 @@ pub struct Point {
     pub block_size: u32,
     /// Confidence threshold.
     pub threshold: f32,
-    /// Visible tokens change when another is likelier than this; `None`: they never change.
-    pub tau_edit: Option<f32>,
+    /// Whether, and how, visible tokens change.
+    pub edits: Option<Edits>,
 }
 
-/// Passes that may follow the fall of a block's last mask where visible tokens can change.
-const POST_STEPS: u32 = 2;
+/// How visible tokens of the open block change.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Edits {
+    /// When another token is likelier than this.
+    pub tau: f32,
+    /// Passes that may follow the fall of a block's last mask.
+    pub post_steps: u32,
+}
 
 impl Point {
     /// The autoregressive baseline.
@@ -34,7 +40,7 @@ impl Point {
 
     /// Blocks in which everything above a threshold is filled.
     pub const fn threshold(block_size: u32, threshold: f32) -> Point {
-        Point { block_size, threshold, tau_edit: None }
+        Point { block_size, threshold, edits: None }
     }
 
     /// The way a model decodes unless told otherwise.
@@ -52,8 +58,10 @@ impl Point {
             return Policy::Autoregressive;
         }
         let tau = self.threshold;
-        match self.tau_edit {
-            Some(tau_edit) => Policy::JointEdit { tau, tau_edit, max_post_steps: POST_STEPS },
+        match self.edits {
+            Some(Edits { tau: tau_edit, post_steps: max_post_steps }) => {
+                Policy::JointEdit { tau, tau_edit, max_post_steps }
+            }
             None => Policy::Threshold { tau, comparison: Comparison::Strict, quota_steps: None },
         }
     }
@@ -165,7 +173,7 @@ pub fn measure(
     Ok(Row {
         policy: match point {
             _ if autoregressive => "autoregressive",
-            Point { tau_edit: Some(_), .. } => "joint_edit",
+            Point { edits: Some(_), .. } => "joint_edit",
             _ => "threshold",
         }
         .into(),

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use unmask_engine::Model;
 use unmask_text::Tokenizer;
-use unmask_trainer::measure::{Cuts, Point, Quality, Row, cuts, measure, read_tasks, tokenizer};
+use unmask_trainer::measure::{Cuts, Edits, Point, Quality, Row, cuts, measure, read_tasks, tokenizer};
 use unmask_trainer::recipe;
 use unmask_trainer::tasks::{Part, Task};
 
@@ -124,8 +124,8 @@ fn points(args: &MeasureArgs) -> Vec<Point> {
         if block_size == 1 {
             points.push(Point::AUTOREGRESSIVE);
         } else {
-            let tau_edit = args.tau_edit;
-            points.extend(args.thresholds.iter().map(|&threshold| Point { block_size, threshold, tau_edit }));
+            let edits = args.tau_edit.map(|tau| Edits { tau, post_steps: args.post_steps });
+            points.extend(args.thresholds.iter().map(|&threshold| Point { block_size, threshold, edits }));
         }
     }
     points
