@@ -11,7 +11,7 @@ use crate::{
         Task,
         verify::{self, Limits, Outcome, Program},
     },
-    trajectory::Trajectory,
+    trajectory::{Answer, Trajectory},
 };
 
 /// Longest answer (tokens).
@@ -112,6 +112,13 @@ impl Rollout {
             block.iter_mut().skip(given).filter(|fell| **fell == 0).for_each(|fell| *fell = last);
         }
         Some(Trajectory { tokens, length, block, reveal })
+    }
+}
+
+impl Rollout {
+    /// Prompt and answer; `None` when the model did not end by itself.
+    pub fn answer(&self, prompt: &[u32], end: u32) -> Option<Answer> {
+        self.ended.then(|| Answer { tokens: [prompt, &self.answer, &[end]].concat(), prompt: prompt.len() })
     }
 }
 

@@ -1,10 +1,13 @@
 //! On-policy training (Seed Diffusion, section 3.3): the model learns from its own shortest denoising paths that lead to
 //! programs which pass their tests.
 //!
-//! Where the paper minimises the length of paths by a score-function gradient, this is expert iteration: each round
-//! decodes prompts at several thresholds, keeps per prompt the passing path of fewest passes, and trains on its states,
-//! beside a share of masked documents.
+//! Where the paper minimises the length of paths by a score-function gradient, this is expert iteration. First the model
+//! learns, under random masks, the answers that it gives autoregressively and that pass: of the many ways to write a program
+//! one is left, which is what tokens that fall together must agree on. Then each round decodes prompts at several
+//! thresholds, keeps per prompt the passing path of fewest passes, and trains on its states. A share of corrupted
+//! documents goes beside both.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,23 +21,30 @@ use unmask_text::{Specials, Tokenizer};
 use crate::{
     checkpoint::digest,
     config::{MaskStage, RawMaskStage},
+    layout::Example,
     measure::{self, Point},
     progress::{Progress, RoundRecord},
-    rollout::{Prompt, STREAMS, roll_out, verify},
+    rollout::{Prompt, Rollout, STREAMS, roll_out, verify},
     stage_mask::corrupted,
     stream::{Purpose, generator},
     tasks::{Part, Task, Tasks, verify::with_expected_results},
     training::{Sources, Summary, Training},
-    trajectory::{Trajectory, states},
+    trajectory::{Answer, Trajectory, read, states, write},
 };
 
 /// Index of the guard's first task: rounds draw from 0 on and never come this far.
 const GUARD_FIRST: u64 = 1 << 40;
+/// Index of the first task that is answered autoregressively.
+const ANSWERS_FIRST: u64 = 1 << 41;
 
 /// Settings as written. Unknown keys are errors.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RawOnPolicy {
+    /// Prompts answered autoregressively before the first round.
+    pub answers: usize,
+    /// Steps that learn from these answers.
+    pub answer_steps: usize,
     /// Steps between rollouts.
     pub round_steps: usize,
     /// Prompts per round.
@@ -78,6 +88,9 @@ impl OnPolicyStage {
         if own.thresholds.is_empty() || own.thresholds.iter().any(|tau| !(*tau > 0.0 && *tau <= 1.0)) {
             problems.push(format!("on_policy.thresholds: at least one, each in (0, 1], not {:?}", own.thresholds));
         }
+        if own.answer_steps > 0 && own.answers == 0 {
+            problems.push("on_policy.answers: must be at least 1 where answer_steps is".into());
+        }
         if stage.init.checkpoint.is_none() {
             problems.push("stage.init.checkpoint: this stage needs a model to start from".into());
         }
@@ -102,11 +115,11 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
     let mut training = Training::start(config, sources, digest(config, own))?;
     let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
     let rounds = Rounds::open(own, config, sources)?;
-    let (mut least, mask) = (None, sources.vocabulary.mask);
+    let least = rounds.initial_pass_rate()? - own.guard_points / 100.0;
+    rounds.learn_answers(&mut training, &mut progress)?;
     while training.state.step < raw.steps {
         let step = training.state.step;
         let (record, paths) = rounds.roll(&training, step)?;
-        let least = *least.get_or_insert(record.pass_rate - own.guard_points / 100.0);
         let fell = record.pass_rate < least;
         progress.round(record)?;
         if fell {
@@ -117,23 +130,27 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
         training.export(&raw.out.join("model"))?;
         ensure!(!paths.is_empty(), "no rollout passes: start from a model that solves some of its tasks");
         for _ in 0..own.round_steps.min(raw.steps - step) {
-            progress.step(training.step(|stream, block, rng| {
-                let replay = (raw.batch.tokens as f64 * own.replay) as usize;
-                let mut examples = states(&paths, raw.batch.tokens - replay, block, 0.0, mask, rng);
-                if replay > 0 {
-                    examples.extend(corrupted(config, step, stream, replay, block, sources.vocabulary, rng));
-                }
-                examples
-            })?)?;
+            let mask = sources.vocabulary.mask;
+            rounds.learn(&mut training, &mut progress, |tokens, block, rng| {
+                states(&paths, tokens, block, 0.0, mask, rng)
+            })?;
         }
         training.save()?;
     }
     let (record, _) = rounds.roll(&training, raw.steps)?;
-    let fell = least.is_some_and(|least| record.pass_rate < least);
+    let fell = record.pass_rate < least;
     progress.round(record)?;
     let eval = training.measure()?;
     progress.eval(eval.clone())?;
     if fell { Ok(training.summary(eval, started)) } else { training.finish(eval, started) }
+}
+
+/// A decoded and verified prompt.
+struct Decoded {
+    index: usize,
+    prompt: Vec<u32>,
+    rollout: Rollout,
+    passed: bool,
 }
 
 /// What every round needs.
@@ -155,16 +172,95 @@ impl<'a> Rounds<'a> {
         Ok(Rounds { own, config, sources, tokenizer, tasks, guard })
     }
 
-    /// Measures the guard, decodes the prompts of the round that begins after `step`, and keeps the shortest paths.
-    fn roll(&self, training: &Training<'_>, step: usize) -> anyhow::Result<(RoundRecord, Vec<Trajectory>)> {
+    /// One step of the examples that `make` makes of so many tokens, and of the replay share.
+    fn learn(
+        &self,
+        training: &mut Training<'a>,
+        progress: &mut Progress,
+        make: impl FnOnce(usize, usize, &mut ChaCha8Rng) -> Vec<Example>,
+    ) -> anyhow::Result<()> {
+        let Rounds { own, config, sources, .. } = self;
+        let step = training.state.step;
+        progress.step(training.step(|stream, block, rng| {
+            let tokens = config.raw.batch.tokens;
+            let replay = (tokens as f64 * own.replay) as usize;
+            let mut examples = make(tokens - replay, block, rng);
+            if replay > 0 {
+                examples.extend(corrupted(config, step, stream, replay, block, sources.vocabulary, rng));
+            }
+            examples
+        })?)
+    }
+
+    /// Answers prompts autoregressively (once: they are kept in `out/answers.jsonl`) and learns from those that pass.
+    fn learn_answers(&self, training: &mut Training<'a>, progress: &mut Progress) -> anyhow::Result<()> {
+        let Rounds { own, config, sources, .. } = self;
+        let steps = own.answer_steps.min(config.raw.steps);
+        if training.state.step >= steps {
+            return Ok(());
+        }
+        let file = config.raw.out.join("answers.jsonl");
+        let answers: Vec<Answer> = if file.exists() { read(&file)? } else { self.answer(training)? };
+        ensure!(!answers.is_empty(), "no answer passes: start from a model that solves some of its tasks");
+        write(&answers, &file)?;
+        let vocabulary = sources.vocabulary;
+        while training.state.step < steps {
+            self.learn(training, progress, |tokens, block, rng| {
+                let (mut examples, mut seen) = (Vec::new(), 0);
+                while seen < tokens {
+                    let answer = &answers[rng.random_range(0..answers.len())];
+                    seen += answer.tokens.len();
+                    examples.push(answer.in_random_order(block, vocabulary.end, rng).example(vocabulary.mask, rng));
+                }
+                examples
+            })?;
+            if training.state.step.is_multiple_of(config.raw.checkpoint.every) || training.state.step == steps {
+                training.save()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Autoregressive answers that pass.
+    fn answer(&self, training: &Training<'_>) -> anyhow::Result<Vec<Answer>> {
+        let model = self.served(training)?;
+        let mut rng = generator(self.config.raw.seed, Purpose::Prompts, ANSWERS_FIRST);
+        let prompts = self.prompts(ANSWERS_FIRST, self.own.answers, &mut rng)?;
+        let all: Vec<usize> = (0..prompts.len()).collect();
+        let decoded = self.decode(&model, &prompts, &all, Point::AUTOREGRESSIVE)?;
+        let end = self.sources.vocabulary.end;
+        let passed = decoded.into_iter().filter(|decoded| decoded.passed);
+        Ok(passed.filter_map(|decoded| decoded.rollout.answer(&decoded.prompt, end)).collect())
+    }
+
+    /// Share of the guard's tasks that pass before this stage, decoded as this stage's defaults say.
+    fn initial_pass_rate(&self) -> anyhow::Result<f64> {
+        let start = self.config.raw.init.checkpoint.as_ref().context("stage.init.checkpoint: is missing")?;
+        let decode = &self.config.raw.decode;
+        let point = Point::threshold(decode.block_size as u32, decode.tau as f32);
+        Ok(measure::measure(&self.load(start)?, &self.tokenizer, &self.guard, point, |_| {})?.pass_rate)
+    }
+
+    fn load(&self, folder: &Path) -> anyhow::Result<Arc<Model>> {
+        let options = LoadOptions { threads: self.config.threads, ..LoadOptions::default() };
+        Ok(Arc::new(Model::load(folder, &options)?))
+    }
+
+    /// The model as it is, in the engine.
+    fn served(&self, training: &Training<'_>) -> anyhow::Result<Arc<Model>> {
         let dir = tempfile::tempdir().context("a folder for the model")?;
         let folder = dir.path().join("model");
         training.export(&folder)?;
-        let options = LoadOptions { threads: self.config.threads, ..LoadOptions::default() };
-        let model = Arc::new(Model::load(&folder, &options)?);
+        self.load(&folder)
+    }
+
+    /// Measures the guard, decodes the prompts of the round that begins after `step`, and keeps the shortest paths.
+    fn roll(&self, training: &Training<'_>, step: usize) -> anyhow::Result<(RoundRecord, Vec<Trajectory>)> {
+        let model = self.served(training)?;
         let row = measure::measure(&model, &self.tokenizer, &self.guard, Point::of(&model), |_| {})?;
         let mut rng = generator(self.config.raw.seed, Purpose::Prompts, step as u64);
-        let prompts = self.prompts(step, &mut rng)?;
+        let first = (step / self.own.round_steps * self.own.prompts) as u64;
+        let prompts = self.prompts(first, self.own.prompts, &mut rng)?;
         let sizes = &self.config.raw.batch.block_sizes;
         let mut best: Vec<Option<(f64, u32, Trajectory)>> = vec![None; prompts.len()];
         let mut tally = vec![(0u32, 0u32); self.own.thresholds.len()];
@@ -201,6 +297,30 @@ impl<'a> Rounds<'a> {
         best: &mut [Option<(f64, u32, Trajectory)>],
         tally: &mut (u32, u32),
     ) -> anyhow::Result<()> {
+        let decoded = self.decode(model, prompts, taken, point)?;
+        tally.0 += decoded.iter().filter(|decoded| decoded.passed).count() as u32;
+        tally.1 += taken.len() as u32;
+        let end = self.sources.vocabulary.end;
+        for Decoded { index, prompt, rollout, passed } in decoded {
+            let shorter = best[index].as_ref().is_none_or(|(_, passes, _)| rollout.passes < *passes);
+            if !passed || !shorter {
+                continue;
+            }
+            if let Some(path) = rollout.trajectory(&prompt, point.block_size as usize, end) {
+                best[index] = Some((rollout.answer.len() as f64, rollout.passes, path));
+            }
+        }
+        Ok(())
+    }
+
+    /// Decodes the prompts `taken` at `point` and verifies the answers.
+    fn decode(
+        &self,
+        model: &Arc<Model>,
+        prompts: &[Prompt],
+        taken: &[usize],
+        point: Point,
+    ) -> anyhow::Result<Vec<Decoded>> {
         let encode = |&i: &usize| self.tokenizer.encode(&prompts[i].text, Specials::AsText, false);
         let ids: Vec<Vec<u32>> = taken.iter().map(encode).collect::<Result<_, _>>()?;
         let rollouts = roll_out(model, &ids, point, STREAMS, |_| {})?.rollouts;
@@ -210,26 +330,14 @@ impl<'a> Rounds<'a> {
             .map(|(&i, rollout)| (&prompts[i], self.tokenizer.decode(&rollout.answer, true)))
             .collect();
         let passed = verify(&answers)?;
-        tally.0 += passed.iter().filter(|passed| **passed).count() as u32;
-        tally.1 += taken.len() as u32;
-        let end = self.sources.vocabulary.end;
-        for (((&i, ids), rollout), passed) in taken.iter().zip(&ids).zip(&rollouts).zip(passed) {
-            let shorter = best[i].as_ref().is_none_or(|(_, passes, _)| rollout.passes < *passes);
-            if !passed || !shorter {
-                continue;
-            }
-            if let Some(path) = rollout.trajectory(ids, point.block_size as usize, end) {
-                best[i] = Some((rollout.answer.len() as f64, rollout.passes, path));
-            }
-        }
-        Ok(())
+        let all = taken.iter().zip(ids).zip(rollouts).zip(passed);
+        Ok(all.map(|(((&index, prompt), rollout), passed)| Decoded { index, prompt, rollout, passed }).collect())
     }
 
-    fn prompts(&self, step: usize, rng: &mut ChaCha8Rng) -> anyhow::Result<Vec<Prompt>> {
-        let first = (step / self.own.round_steps * self.own.prompts) as u64;
-        let drawn: Vec<Task> = (first..first + self.own.prompts as u64)
-            .map(|i| self.tasks.draw(self.config.raw.seed, Part::Training, i))
-            .collect();
+    /// Prompts of `count` tasks from number `first` on, some of them cut.
+    fn prompts(&self, first: u64, count: usize, rng: &mut ChaCha8Rng) -> anyhow::Result<Vec<Prompt>> {
+        let drawn: Vec<Task> =
+            (first..first + count as u64).map(|i| self.tasks.draw(self.config.raw.seed, Part::Training, i)).collect();
         let mut prompts: Vec<Prompt> = with_expected_results(&drawn)?
             .into_iter()
             .map(|task| {

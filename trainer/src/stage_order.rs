@@ -4,11 +4,10 @@
 //! Left open by the paper and chosen here: how many orders, which share, and that orders are compared at the same number
 //! of passes (more passes always score higher).
 
-use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -20,7 +19,7 @@ use crate::{
     stage_mask::corrupted,
     stream::{Purpose, generator},
     training::{Sources, Summary, Training},
-    trajectory::{Trajectory, states},
+    trajectory::{Trajectory, read, states, write},
 };
 
 /// Texts whose orders are sampled together.
@@ -142,20 +141,4 @@ fn find(
     }
     write(&kept, file)?;
     Ok(kept)
-}
-
-fn write(paths: &[Trajectory], file: &Path) -> anyhow::Result<()> {
-    let half = file.with_extension("part");
-    let mut out = BufWriter::new(std::fs::File::create(&half).with_context(|| half.display().to_string())?);
-    for path in paths {
-        serde_json::to_writer(&mut out, path)?;
-        out.write_all(b"\n")?;
-    }
-    out.flush()?;
-    std::fs::rename(&half, file).with_context(|| file.display().to_string())
-}
-
-fn read(file: &Path) -> anyhow::Result<Vec<Trajectory>> {
-    let lines = BufReader::new(std::fs::File::open(file).with_context(|| file.display().to_string())?).lines();
-    lines.map(|line| serde_json::from_str(&line?).with_context(|| file.display().to_string())).collect()
 }

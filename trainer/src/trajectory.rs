@@ -1,8 +1,13 @@
 //! Denoising paths: in which pass each position of a text fell, and examples made of the states on the way.
 
-use rand::Rng;
+use std::fs::File;
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::path::Path;
+
+use anyhow::Context;
+use rand::{Rng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{layout::Example, noise::edit::edited};
 
@@ -61,6 +66,58 @@ impl Trajectory {
     }
 }
 
+/// A prompt and its answer, without an order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Answer {
+    /// Prompt, answer, one end-of-sequence.
+    pub tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+}
+
+impl Answer {
+    /// A path on which the answer's tokens fall one per pass in random order.
+    pub fn in_random_order(&self, block: usize, end: u32, rng: &mut ChaCha8Rng) -> Trajectory {
+        let mut tokens = self.tokens.clone();
+        let length = tokens.len();
+        tokens.resize(length.next_multiple_of(block), end);
+        let first = self.prompt / block * block;
+        let mut reveal = vec![0u16; tokens.len() - first];
+        for (index, reveal) in reveal.chunks_exact_mut(block).enumerate() {
+            let given = self.prompt.saturating_sub(first + index * block);
+            let mut order: Vec<u16> = (1..=(block - given) as u16).collect();
+            order.shuffle(rng);
+            reveal[given..].copy_from_slice(&order);
+        }
+        Trajectory { tokens, length, block, reveal }
+    }
+}
+
+/// Writes one JSON object per line; the file appears whole or not at all.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write<T: Serialize>(items: &[T], file: &Path) -> anyhow::Result<()> {
+    let half = file.with_extension("part");
+    let mut out = BufWriter::new(File::create(&half).with_context(|| half.display().to_string())?);
+    for item in items {
+        serde_json::to_writer(&mut out, item)?;
+        out.write_all(b"\n")?;
+    }
+    out.flush()?;
+    std::fs::rename(&half, file).with_context(|| file.display().to_string())
+}
+
+/// Reads what [`write`] wrote.
+///
+/// # Errors
+/// The file cannot be read or is of something else.
+pub fn read<T: DeserializeOwned>(file: &Path) -> anyhow::Result<Vec<T>> {
+    let lines = BufReader::new(File::open(file).with_context(|| file.display().to_string())?).lines();
+    lines.map(|line| serde_json::from_str(&line?).with_context(|| file.display().to_string())).collect()
+}
+
 /// States of random paths with blocks of `block` positions, or of any where there are none, together about `tokens`
 /// tokens; each with a number of edits up to `alpha` per token.
 pub fn states(
@@ -96,6 +153,22 @@ mod tests {
     use rand::SeedableRng;
 
     proptest! {
+        #[test]
+        fn answers_fall_one_token_per_pass(prompt in 1usize..20, answer in 1usize..20, seed: u64) {
+            let tokens: Vec<u32> = (10..10 + (prompt + answer) as u32).collect();
+            let path = Answer { tokens: tokens.clone(), prompt }.in_random_order(8, 0, &mut ChaCha8Rng::seed_from_u64(seed));
+            prop_assert_eq!(&path.tokens[..tokens.len()], &tokens[..]);
+            prop_assert_eq!(path.tokens.len() % 8, 0);
+            let first = path.tokens.len() - path.reveal.len();
+            for (i, block) in path.reveal.chunks(8).enumerate() {
+                let given = prompt.saturating_sub(first + 8 * i);
+                let mut fell: Vec<u16> = block[given..].to_vec();
+                fell.sort_unstable();
+                prop_assert_eq!(fell, (1..=(8 - given) as u16).collect::<Vec<_>>());
+                prop_assert!(block[..given].iter().all(|fell| *fell == 0));
+            }
+        }
+
         /// A state masks exactly what falls at or after some pass of the block, and never what was given.
         #[test]
         fn states_are_those_of_the_path(reveal in proptest::collection::vec(0u16..5, 8..=8), seed: u64) {

@@ -158,16 +158,17 @@ fn on_policy_training_learns_from_shorter_paths() {
     run.data.tokenizer = folder.join("tokenizer.json");
     run.stage.init.checkpoint = Some(folder);
     run.stage.out = dir.path().join("out");
-    run.stage.steps = 2;
+    run.stage.steps = 3;
     run.stage.optimizer.warm_up = 1;
     run.stage.batch.tokens = 512;
     run.stage.eval.documents = 2;
+    (run.on_policy.answers, run.on_policy.answer_steps) = (16, 1);
     (run.on_policy.round_steps, run.on_policy.prompts, run.on_policy.guard_tasks) = (1, 24, 24);
     run.on_policy.thresholds = vec![0.95, 0.7];
     run.on_policy.guard_points = 30.0;
     let out = run.stage.out.clone();
     let summary = recipe::on_policy(run).unwrap();
-    assert_eq!(summary.steps, 2);
+    assert_eq!(summary.steps, 3);
     let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
     let rounds: Vec<RoundRecord> = log
         .lines()
@@ -176,7 +177,7 @@ fn on_policy_training_learns_from_shorter_paths() {
             _ => None,
         })
         .collect();
-    assert_eq!(rounds.iter().map(|round| round.step).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(rounds.iter().map(|round| round.step).collect::<Vec<_>>(), [1, 2, 3]);
     for round in rounds {
         assert!(round.kept * 2 > round.prompts && round.pass_rate > 0.5, "{round:?}");
         assert!(round.kept_tpf > 1.3 && round.passing.iter().all(|share| *share > 0.3), "{round:?}");
