@@ -1,7 +1,7 @@
 //! `unmask bench twin`: a model against autoregressive decoding, on the same held-out tasks, in one process, alternately.
 //!
 //! `ceiling` is what the passes saved could give at most on this machine: tokens per pass times the time of a pass of one
-//! row over the time of a pass of as many rows as the model's passes had.
+//! row over the time of a pass of as many rows as the model's passes had, the prompts' left out.
 
 use super::machine::Machine;
 use super::roof::Meter;
@@ -117,6 +117,7 @@ struct Tally {
     passes: u64,
     tokens: u64,
     steps: u64,
+    /// Rows that are not the prompts'.
     rows: u64,
     seconds: f64,
 }
@@ -176,7 +177,8 @@ impl Tally {
         let start = Instant::now();
         let Run { rollouts, steps, rows } = roll_out(model, &ids, point, usize::from(streams), |_| {})?;
         self.seconds += start.elapsed().as_secs_f64();
-        (self.steps, self.rows) = (self.steps + steps, self.rows + rows);
+        let prompt_rows: usize = ids.iter().map(Vec::len).sum();
+        (self.steps, self.rows) = (self.steps + steps, self.rows + rows.saturating_sub(prompt_rows as u64));
         let prompts: Vec<Prompt> =
             tasks.iter().map(|task| Prompt { text: task.prompt.clone(), task: Some(task.clone()) }).collect();
         let answers: Vec<(&Prompt, String)> =
