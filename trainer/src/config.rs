@@ -261,6 +261,22 @@ impl RawMaskStage {
         Ok(MaskStage { raw: self, threads, schedule, settings })
     }
 
+    /// Checks a stage that goes on from a model, together with the `problems` of its own settings.
+    ///
+    /// # Errors
+    /// All problems, one per line, each beginning with its key.
+    pub fn validate_later(self, mut problems: Vec<String>) -> anyhow::Result<MaskStage> {
+        if self.init.checkpoint.is_none() {
+            problems.push("stage.init.checkpoint: this stage needs a model to start from".into());
+        }
+        let stage = self.validate();
+        if let Err(error) = &stage {
+            problems.push(error.to_string());
+        }
+        anyhow::ensure!(problems.is_empty(), "{}", problems.join("\n"));
+        stage
+    }
+
     fn wrong_sizes(&self) -> Vec<String> {
         let sizes = [
             ("steps", self.steps),

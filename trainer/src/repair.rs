@@ -112,16 +112,6 @@ fn log_softmax(logits: &Tensor) -> candle_core::Result<Tensor> {
     shifted.broadcast_sub(&total)
 }
 
-/// Share of tokens that, with the one before, repeat the two before those: the stutter of parallel decoding.
-pub fn repetition_rate(answers: &[Vec<u32>]) -> f64 {
-    let (mut repeats, mut all) = (0usize, 0usize);
-    for answer in answers {
-        all += answer.len().saturating_sub(3);
-        repeats += answer.windows(4).filter(|w| w[..2] == w[2..]).count();
-    }
-    repeats as f64 / all.max(1) as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,11 +130,5 @@ mod tests {
         assert_eq!((found.repair_rate, found.false_edit_rate), (0.5, 0.5));
         // Bin 0.9: three of mean 0.95, two right; bin 0.5: one of 0.5, right.
         assert!((found.calibration_error - ((2.85f64 - 2.0) + 0.5) / 4.0).abs() < 1e-6, "{found:?}");
-    }
-
-    #[test]
-    fn a_repeated_pair_is_a_stutter() {
-        assert_eq!(repetition_rate(&[vec![1, 2, 1, 2, 3]]), 0.5);
-        assert_eq!(repetition_rate(&[vec![1, 2], vec![]]), 0.0);
     }
 }

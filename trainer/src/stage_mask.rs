@@ -11,7 +11,7 @@ use crate::{
     config::MaskStage,
     layout::Example,
     noise::{self, Filled},
-    progress::Progress,
+    progress::{Progress, StepRecord},
     stream::Stream,
     training::{Sources, Summary, Training},
 };
@@ -58,8 +58,28 @@ pub fn run(config: &MaskStage, sources: Sources<'_>, last: usize) -> anyhow::Res
     training.finish(eval, started)
 }
 
+/// One step of later stages: the examples that `make` makes of so many tokens in blocks of a size, and beside them a
+/// `share` of corrupted documents.
+pub(crate) fn step_with_replay(
+    training: &mut Training<'_>,
+    config: &MaskStage,
+    vocabulary: &Vocabulary,
+    share: f64,
+    make: impl FnOnce(usize, usize, &mut ChaCha8Rng) -> Vec<Example>,
+) -> anyhow::Result<StepRecord> {
+    let (step, tokens) = (training.state.step, config.raw.batch.tokens);
+    let replay = (tokens as f64 * share) as usize;
+    training.step(|stream, block, rng| {
+        let mut examples = make(tokens - replay, block, rng);
+        if replay > 0 {
+            examples.extend(corrupted(config, step, stream, replay, block, vocabulary, rng));
+        }
+        examples
+    })
+}
+
 /// Documents of step `step` with together at least `tokens` tokens: masked, or edited once the curriculum is that far.
-pub(crate) fn corrupted(
+fn corrupted(
     config: &MaskStage,
     step: usize,
     stream: &mut Stream<'_>,

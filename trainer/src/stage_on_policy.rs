@@ -25,7 +25,7 @@ use crate::{
     measure::{self, Point},
     progress::{Progress, RoundRecord},
     rollout::{Prompt, Rollout, STREAMS, roll_out, verify},
-    stage_mask::corrupted,
+    stage_mask::step_with_replay,
     stream::{Purpose, generator},
     tasks::{Part, Task, Tasks, verify::with_expected_results},
     training::{Sources, Summary, Training},
@@ -91,15 +91,7 @@ impl OnPolicyStage {
         if own.answer_steps > 0 && own.answers == 0 {
             problems.push("on_policy.answers: must be at least 1 where answer_steps is".into());
         }
-        if stage.init.checkpoint.is_none() {
-            problems.push("stage.init.checkpoint: this stage needs a model to start from".into());
-        }
-        let stage = stage.validate();
-        if let Err(error) = &stage {
-            problems.push(error.to_string());
-        }
-        ensure!(problems.is_empty(), "{}", problems.join("\n"));
-        Ok(OnPolicyStage { own, stage: stage? })
+        Ok(OnPolicyStage { own, stage: stage.validate_later(problems)? })
     }
 }
 
@@ -180,16 +172,7 @@ impl<'a> Rounds<'a> {
         make: impl FnOnce(usize, usize, &mut ChaCha8Rng) -> Vec<Example>,
     ) -> anyhow::Result<()> {
         let Rounds { own, config, sources, .. } = self;
-        let step = training.state.step;
-        progress.step(training.step(|stream, block, rng| {
-            let tokens = config.raw.batch.tokens;
-            let replay = (tokens as f64 * own.replay) as usize;
-            let mut examples = make(tokens - replay, block, rng);
-            if replay > 0 {
-                examples.extend(corrupted(config, step, stream, replay, block, sources.vocabulary, rng));
-            }
-            examples
-        })?)
+        progress.step(step_with_replay(training, config, sources.vocabulary, own.replay, make)?)
     }
 
     /// Answers prompts autoregressively (once: they are kept in `out/answers.jsonl`) and learns from those that pass.
@@ -200,9 +183,8 @@ impl<'a> Rounds<'a> {
             return Ok(());
         }
         let file = config.raw.out.join("answers.jsonl");
-        let answers: Vec<Answer> = if file.exists() { read(&file)? } else { self.answer(training)? };
+        let answers: Vec<Answer> = if file.exists() { read(&file)? } else { self.answer(training, &file)? };
         ensure!(!answers.is_empty(), "no answer passes: start from a model that solves some of its tasks");
-        write(&answers, &file)?;
         let vocabulary = sources.vocabulary;
         while training.state.step < steps {
             self.learn(training, progress, |tokens, block, rng| {
@@ -221,8 +203,8 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    /// Autoregressive answers that pass.
-    fn answer(&self, training: &Training<'_>) -> anyhow::Result<Vec<Answer>> {
+    /// Autoregressive answers that pass, written to `file`.
+    fn answer(&self, training: &Training<'_>, file: &Path) -> anyhow::Result<Vec<Answer>> {
         let model = self.served(training)?;
         let mut rng = generator(self.config.raw.seed, Purpose::Prompts, ANSWERS_FIRST);
         let prompts = self.prompts(ANSWERS_FIRST, self.own.answers, &mut rng)?;
@@ -230,7 +212,9 @@ impl<'a> Rounds<'a> {
         let decoded = self.decode(&model, &prompts, &all, Point::AUTOREGRESSIVE)?;
         let end = self.sources.vocabulary.end;
         let passed = decoded.into_iter().filter(|decoded| decoded.passed);
-        Ok(passed.filter_map(|decoded| decoded.rollout.answer(&decoded.prompt, end)).collect())
+        let answers: Vec<Answer> = passed.filter_map(|decoded| decoded.rollout.answer(&decoded.prompt, end)).collect();
+        write(&answers, file)?;
+        Ok(answers)
     }
 
     /// Share of the guard's tasks that pass before this stage, decoded as this stage's defaults say.

@@ -7,7 +7,6 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -16,7 +15,7 @@ use crate::{
     noise,
     order::{Sampling, best_orders},
     progress::Progress,
-    stage_mask::corrupted,
+    stage_mask::step_with_replay,
     stream::{Purpose, generator},
     training::{Sources, Summary, Training},
     trajectory::{Trajectory, read, states, write},
@@ -67,15 +66,7 @@ impl OrderStage {
         if !(own.temperature >= 0.0 && own.temperature.is_finite()) {
             problems.push(format!("order.temperature: must be at least 0, is {}", own.temperature));
         }
-        if stage.init.checkpoint.is_none() {
-            problems.push("stage.init.checkpoint: this stage needs a model to start from".into());
-        }
-        let stage = stage.validate();
-        if let Err(error) = &stage {
-            problems.push(error.to_string());
-        }
-        ensure!(problems.is_empty(), "{}", problems.join("\n"));
-        Ok(OrderStage { own, stage: stage? })
+        Ok(OrderStage { own, stage: stage.validate_later(problems)? })
     }
 }
 
@@ -93,17 +84,16 @@ pub fn train_order(stage: &OrderStage, sources: Sources<'_>) -> anyhow::Result<S
     let file = raw.out.join("orders.jsonl");
     let paths = if file.exists() { read(&file)? } else { find(stage, &training, sources, &file)? };
     while training.state.step < raw.steps {
+        let mask = sources.vocabulary.mask;
+        progress.step(step_with_replay(
+            &mut training,
+            config,
+            sources.vocabulary,
+            own.replay,
+            |tokens, block, rng| states(&paths, tokens, block, own.alpha, mask, rng),
+        )?)?;
         let step = training.state.step;
-        progress.step(training.step(|stream, block, rng| {
-            let replay = (raw.batch.tokens as f64 * own.replay) as usize;
-            let mask = sources.vocabulary.mask;
-            let mut examples = states(&paths, raw.batch.tokens - replay, block, own.alpha, mask, rng);
-            if replay > 0 {
-                examples.extend(corrupted(config, step, stream, replay, block, sources.vocabulary, rng));
-            }
-            examples
-        })?)?;
-        if (step + 1).is_multiple_of(raw.checkpoint.every) || step + 1 == raw.steps {
+        if step.is_multiple_of(raw.checkpoint.every) || step == raw.steps {
             training.save()?;
         }
     }

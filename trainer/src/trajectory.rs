@@ -27,11 +27,6 @@ pub struct Trajectory {
 }
 
 impl Trajectory {
-    /// Passes of all blocks together.
-    pub fn passes(&self) -> u32 {
-        self.reveal.chunks(self.block).map(|block| u32::from(block.iter().copied().max().unwrap_or(0))).sum()
-    }
-
     /// An example of one state per block, drawn evenly from the states before each of its passes: what had not fallen is
     /// masked and scored.
     pub fn example(&self, mask: u32, rng: &mut ChaCha8Rng) -> Example {

@@ -1,10 +1,13 @@
 //! The stages after masks, on a toy language and on the bundled model: each has the effect it is for.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod toy;
+
 use std::path::{Path, PathBuf};
 
-use rand::{Rng, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use toy::Copies;
 use unmask_trainer::{
     RawMaskStage, Sources, Summary,
     checkpoint::{Vocabulary, read_shape, read_weights},
@@ -21,53 +24,10 @@ use unmask_trainer::{
     trajectory::Trajectory,
 };
 
-/// A random word of seven letters and the same word again.
-struct Copies;
-
-impl Documents for Copies {
-    fn len(&self) -> usize {
-        50
-    }
-
-    fn encode(&self, _: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
-        let word: Vec<u32> = (0..7).map(|_| rng.random_range(6..14)).collect();
-        [word.clone(), word, vec![0]].concat()
-    }
-}
-
 fn stage(out: &Path, steps: usize, more: &str) -> RawMaskStage {
-    let text = format!(
-        r#"
-        out = {:?}
-        steps = {steps}
-        threads = 2
-        {more}
-        [model]
-        hidden_size = 32
-        intermediate_size = 64
-        num_hidden_layers = 2
-        num_attention_heads = 4
-        num_key_value_heads = 2
-        head_dim = 8
-        max_position_embeddings = 64
-        [batch]
-        tokens = 400
-        length = 32
-        micro_rows = 300
-        block_sizes = [4, 8]
-        [optimizer]
-        rule = "muon"
-        rate = 5e-3
-        warm_up = 10
-        decay = "cosine"
-        [decode]
-        block_size = 8
-        tau = 0.9
-        max_tokens = 32
-        "#,
-        out.display().to_string()
-    );
-    toml::from_str(&text).unwrap()
+    let mut raw = toy::stage(out, steps, more);
+    (raw.optimizer.warm_up, raw.optimizer.average) = (10, None);
+    raw
 }
 
 fn train(raw: RawMaskStage, dir: &Path) -> Summary {

@@ -4,7 +4,7 @@
 //! row over the time of a pass of as many rows as the model's passes had, the prompts' left out.
 
 use super::machine::Machine;
-use super::roof::Meter;
+use super::roof::{Meter, Roof};
 use super::step::{Scene, floors, median};
 use crate::models;
 use crate::{args::Dtype, output, raw::load};
@@ -81,10 +81,10 @@ struct Compared {
     pass_difference: [f64; 2],
     diffusion: Side,
     twin: Side,
-    /// The baseline's pass of one row.
-    one_row: Step,
-    /// A pass of diffusion's mean number of rows.
-    mean_rows: Step,
+    /// A bare pass of as many rows as diffusion's had.
+    diffusion_step: Step,
+    /// The same of the baseline: one row for one stream.
+    twin_step: Step,
     machine: Machine,
 }
 
@@ -132,19 +132,21 @@ pub fn run(args: &TwinArgs) -> anyhow::Result<ExitCode> {
     let default = Point::of(&model);
     let point =
         Point::threshold(args.block_size.unwrap_or(default.block_size), args.threshold.unwrap_or(default.threshold));
-    let tokenizers = [Some(&args.model), args.twin.as_ref()]
-        .map(|name| measure::tokenizer(&models::find(Some(name.unwrap_or(&args.model)))?));
-    let [tokenizer, twins] = tokenizers;
-    let (tokenizer, twins) = (tokenizer?, twins?);
+    let tokenizer_of = |name: &str| measure::tokenizer(&models::find(Some(name))?);
+    let (tokenizer, twins) = (tokenizer_of(&args.model)?, tokenizer_of(args.twin.as_ref().unwrap_or(&args.model))?);
     let tasks = Tasks::new()?;
     let drawn: Vec<Task> = (0..args.tasks).map(|i| tasks.draw(args.seed, Part::HeldOut, i)).collect();
     let tasks = with_expected_results(&drawn)?;
     ensure!(!tasks.is_empty(), "no task has a solution that runs");
+    let meter = Meter::new(Isa::detect()?, model.threads());
+    let roof = meter.roof();
     let mut all = Vec::new();
     for &streams in &args.streams {
         let sides = [(&model, &tokenizer, point), (&baseline, &twins, Point::AUTOREGRESSIVE)];
         let [diffusion, twin] = alternate(&sides, &tasks, streams)?;
-        all.push(compare(&model, &baseline, point, streams, &diffusion, &twin)?);
+        let steps = [(&model, &diffusion), (&baseline, &twin)]
+            .map(|(model, tally)| step(&meter, &roof, model, tally.mean_rows()));
+        all.push(compare(point, streams, [&diffusion, &twin], steps));
     }
     let text = if args.json { format!("{}\n", serde_json::to_string_pretty(&all)?) } else { table(&all) };
     output::out(&text)?;
@@ -195,6 +197,10 @@ impl Tally {
         self.passed.iter().filter(|passed| **passed).count()
     }
 
+    fn mean_rows(&self) -> u32 {
+        (self.rows as f64 / self.steps.max(1) as f64).round().max(1.0) as u32
+    }
+
     fn side(&self) -> Side {
         let n = self.passed.len();
         Side {
@@ -210,43 +216,37 @@ impl Tally {
 }
 
 fn compare(
-    model: &Model,
-    baseline: &Model,
     point: Point,
     streams: u16,
-    diffusion: &Tally,
-    twin: &Tally,
-) -> anyhow::Result<Compared> {
+    [diffusion, twin]: [&Tally; 2],
+    [diffusion_step, twin_step]: [Step; 2],
+) -> Compared {
     let only = |a: &Tally, b: &Tally| a.passed.iter().zip(&b.passed).filter(|(a, b)| **a && !**b).count();
     let n = diffusion.passed.len();
-    let rows = |tally: &Tally| (tally.rows as f64 / tally.steps.max(1) as f64).round().max(1.0) as u32;
-    let (mean_rows, one_row) = (step(model, rows(diffusion))?, step(baseline, rows(twin))?);
     let (ours, theirs) = (diffusion.side(), twin.side());
-    Ok(Compared {
+    Compared {
         streams,
         tasks: n,
         block_size: point.block_size,
         threshold: point.threshold,
         ratio: ours.tokens_per_s / theirs.tokens_per_s,
         pass_ratio: theirs.passes as f64 / ours.passes.max(1) as f64,
-        ceiling: ours.tpf * one_row.ms / mean_rows.ms,
+        ceiling: ours.tpf * twin_step.ms / diffusion_step.ms,
         pass_difference: paired_difference(only(diffusion, twin), only(twin, diffusion), n),
         diffusion: ours,
         twin: theirs,
-        one_row,
-        mean_rows,
+        diffusion_step,
+        twin_step,
         machine: Machine::here(),
-    })
+    }
 }
 
 /// Time of a bare pass, beside its floor.
-fn step(model: &Model, rows: u32) -> anyhow::Result<Step> {
-    let meter = Meter::new(Isa::detect()?, model.threads());
-    let roof = meter.roof();
+fn step(meter: &Meter, roof: &Roof, model: &Model, rows: u32) -> Step {
     let mut scene = Scene::new(model, rows, CONTEXT);
-    let (roof, (times, _)) = meter.beside(&roof, model.weight_bytes(), || scene.measure(rows as usize));
+    let (roof, (times, _)) = meter.beside(roof, model.weight_bytes(), || scene.measure(rows as usize));
     let floors = floors(model.config(), model.weight_bytes(), &roof, model.dtype(), rows as usize, CONTEXT as usize);
-    Ok(Step { rows, ms: median(times.into_iter()), floor_ms: floors.values().sum() })
+    Step { rows, ms: median(times.into_iter()), floor_ms: floors.values().sum() }
 }
 
 fn table(all: &[Compared]) -> String {
@@ -268,7 +268,12 @@ fn table(all: &[Compared]) -> String {
         text += &format!("pass rate {low:+.1} to {high:+.1} points\n");
         text += &format!(
             "  a pass of {} row(s): {:.3} ms (floor {:.3}); of {} rows: {:.3} ms (floor {:.3})\n\n",
-            c.one_row.rows, c.one_row.ms, c.one_row.floor_ms, c.mean_rows.rows, c.mean_rows.ms, c.mean_rows.floor_ms
+            c.twin_step.rows,
+            c.twin_step.ms,
+            c.twin_step.floor_ms,
+            c.diffusion_step.rows,
+            c.diffusion_step.ms,
+            c.diffusion_step.floor_ms
         );
     }
     text

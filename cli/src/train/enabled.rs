@@ -10,8 +10,8 @@ use std::sync::Arc;
 use unmask_engine::Model;
 use unmask_text::Tokenizer;
 use unmask_trainer::measure::{Cuts, Edits, Point, Quality, Row, cuts, measure, read_tasks, tokenizer};
-use unmask_trainer::recipe;
 use unmask_trainer::tasks::{Part, Task};
+use unmask_trainer::{Summary, recipe};
 
 /// Runs a stage.
 ///
@@ -21,22 +21,18 @@ pub fn run(args: TrainArgs) -> anyhow::Result<ExitCode> {
     match args.stage {
         TrainCommand::Tokenizer(args) => recipe::tokenizer(&recipe::read(&args.config)?)?,
         TrainCommand::Tasks(args) => tasks(&args)?,
-        TrainCommand::Mask(args) => {
-            let summary = recipe::mask(recipe::read(&args.config)?)?;
-            output::out(&format!("{}\n", summary.model.display()))?;
-        }
-        TrainCommand::Order(args) => {
-            let summary = recipe::order(recipe::read(&args.config)?)?;
-            output::out(&format!("{}\n", summary.model.display()))?;
-        }
-        TrainCommand::OnPolicy(args) => {
-            let summary = recipe::on_policy(recipe::read(&args.config)?)?;
-            output::out(&format!("{}\n", summary.model.display()))?;
-        }
+        TrainCommand::Mask(args) => made(&recipe::mask(recipe::read(&args.config)?)?)?,
+        TrainCommand::Order(args) => made(&recipe::order(recipe::read(&args.config)?)?)?,
+        TrainCommand::OnPolicy(args) => made(&recipe::on_policy(recipe::read(&args.config)?)?)?,
         TrainCommand::Measure(args) => measure_model(&args)?,
         TrainCommand::Repair(args) => repair(&args)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says where the model is.
+fn made(summary: &Summary) -> anyhow::Result<()> {
+    Ok(output::out(&format!("{}\n", summary.model.display()))?)
 }
 
 fn tasks(args: &TasksArgs) -> anyhow::Result<()> {

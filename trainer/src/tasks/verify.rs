@@ -42,11 +42,6 @@ impl Program {
         Program { source: format!("{prompt}{body}\n\n{test}\n\ncheck({entry_point})\n") }
     }
 
-    /// Source as it is.
-    pub fn of_source(source: impl Into<String>) -> Program {
-        Program { source: source.into() }
-    }
-
     /// Source that must run and define a function.
     pub fn defining(source: &str) -> Program {
         const CHECK: &str =
@@ -192,7 +187,7 @@ mod tests {
     fn outcome(source: &str) -> Outcome {
         let limits = Limits { time: Duration::from_secs(1), memory_bytes: 256 << 20, processes: 1 };
         // What follows a hostile program must still run.
-        let programs = [Program::of_source(source), Program::of_source("x = 1")];
+        let programs = [source, "x = 1"].map(|source| Program { source: source.into() });
         let mut outcomes = run(&programs, &limits).unwrap();
         assert_eq!(outcomes.pop(), Some(Outcome::Passed));
         outcomes.remove(0)
