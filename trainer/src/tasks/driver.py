@@ -1,21 +1,26 @@
 """Runs programs that nobody trusts, one after the other, each in a child of its own.
 
-Reads JSON lines {"source": .., "results": bool} from standard input; answers each with a line {"outcome": "passed" |
-"failed" | "timeout", "detail": ..}. Limits come as arguments: seconds, bytes of memory.
+Reads JSON lines {"source": ..} from standard input; answers each with a line {"outcome": "passed" | "failed" |
+"timeout", "detail": ..}. Limits come as arguments: seconds, bytes of memory. What a program can ask of the kernel is
+limited by `confine`. A program cannot be kept from looking into its own interpreter: one that is written to find the
+secret of its answer there can claim to have passed.
 """
 
 import json
 import os
 import resource
+import secrets
 import select
 import signal
 import sys
+import time
 
 SECONDS, MEMORY = float(sys.argv[1]), int(sys.argv[2])
 DETAIL_BYTES_MAX = 4000
+ANSWER_BYTES_MAX = 1 << 20
 
 
-def child(source, writer):
+def child(source, writer, secret):
     os.setsid()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS) + 1, int(SECONDS) + 1))
@@ -27,34 +32,41 @@ def child(source, writer):
     for number in (0, 1, 2):
         os.dup2(null, number)
     try:
+        confine()
         scope = {"__name__": "task", "RESULTS": []}
         exec(compile(source, "task", "exec"), scope)
-        answer = ["passed", json.dumps(scope["RESULTS"])]
+        answer = [secret, "passed", json.dumps(scope["RESULTS"])]
     except BaseException as error:  # whatever a program raises is its failure
-        answer = ["failed", f"{type(error).__name__}: {error}"[:DETAIL_BYTES_MAX]]
+        answer = [secret, "failed", f"{type(error).__name__}: {error}"[:DETAIL_BYTES_MAX]]
     with os.fdopen(writer, "w") as out:
         json.dump(answer, out)
         out.flush()
         os._exit(0)
 
 
-def run(source):
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        child(source, writer)
-    os.close(writer)
-    data, timed_out = b"", False
-    while True:
-        ready, _, _ = select.select([reader], [], [], SECONDS)
+def read_all(reader):
+    """What comes until the other side is closed; None when that takes too long."""
+    data, end = b"", time.monotonic() + SECONDS
+    while len(data) <= ANSWER_BYTES_MAX:
+        ready, _, _ = select.select([reader], [], [], max(0.0, end - time.monotonic()))
         if not ready:
-            timed_out = True
-            break
+            return None
         part = os.read(reader, 65536)
         if not part:
             break
         data += part
+    return data
+
+
+def run(source):
+    reader, writer = os.pipe()
+    secret = secrets.token_hex(16)
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        child(source, writer, secret)
+    os.close(writer)
+    data = read_all(reader)
     os.close(reader)
     for kill in (lambda: os.killpg(pid, signal.SIGKILL), lambda: os.kill(pid, signal.SIGKILL)):
         try:
@@ -62,12 +74,14 @@ def run(source):
         except ProcessLookupError:
             pass
     os.waitpid(pid, 0)
-    if timed_out:
+    if data is None:
         return {"outcome": "timeout", "detail": f"no end within {SECONDS} s"}
     try:
-        outcome, detail = json.loads(data)
+        said, outcome, detail = json.loads(data)
+        if said != secret:
+            raise ValueError
         return {"outcome": outcome, "detail": detail}
-    except ValueError:
+    except (ValueError, TypeError):
         return {"outcome": "failed", "detail": "ended without an answer"}
 
 

@@ -1,4 +1,5 @@
-//! Runs Python programs that nobody trusts: each in a process of its own, with limits on time, memory and files.
+//! Runs Python programs that nobody trusts: each in a process of its own, with limits on time and memory, and on
+//! Linux without sockets, processes, signals and written files.
 
 use super::Task;
 use anyhow::{Context, bail};
@@ -9,8 +10,8 @@ use std::time::Duration;
 
 /// Interpreter to run programs with.
 const PYTHON: &str = "python3";
-/// The process that forks one child per program.
-const DRIVER: &str = include_str!("driver.py");
+/// The process that forks one child per program, and what a child may do.
+const DRIVER: &str = concat!(include_str!("sandbox.py"), include_str!("driver.py"));
 
 /// What a program may use.
 #[derive(Debug, Clone)]
@@ -212,11 +213,46 @@ mod tests {
         assert_eq!(outcome("print('x' * 10_000_000)"), Outcome::Passed);
     }
 
+    /// What needs no filter to fail is in the list above.
+    #[cfg(target_os = "linux")]
     #[test]
-    fn what_a_child_leaves_behind_is_killed() {
-        // The grandchild keeps the pipe open: only its death lets the driver go on.
-        let source = "import os, time\ntry:\n    pid = os.fork()\nexcept OSError:\n    pid = 1\nif pid == 0:\n    time.sleep(60)";
-        let outcome = outcome(source);
-        assert!(matches!(outcome, Outcome::Passed | Outcome::TimedOut | Outcome::Failed(_)));
+    fn programs_can_only_compute_and_read() {
+        for source in [
+            "import socket\nsocket.socket()",
+            "import socket\nsocket.socketpair()",
+            "import os\nos.fork()",
+            "import subprocess\nsubprocess.run(['true'])",
+            "import threading\nthreading.Thread(target=print).start()",
+            "import os\nos.execv('/bin/true', ['true'])",
+            "import os\nos.kill(os.getppid(), 0)",
+            "import os\nos.unlink('/tmp/unmask-hostile')",
+            "import os\nos.mkdir('/tmp/unmask-hostile-folder')",
+            "import os\nos.symlink('/', '/tmp/unmask-hostile-link')",
+            "import os\nos.chmod('/tmp', 0o777)",
+            "import os\nos.mkfifo('/tmp/unmask-hostile-pipe')",
+            "import fcntl\nfcntl.fcntl(0, fcntl.F_SETOWN, 1)",
+            "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))",
+            "open('/tmp/unmask-hostile', 'w')",
+            "open('/tmp/unmask-hostile', 'r+')",
+        ] {
+            let Outcome::Failed(detail) = outcome(source) else { panic!("{source}") };
+            assert!(!detail.contains("sandbox"), "{detail}");
+        }
+        assert_eq!(
+            outcome("import re, math, random, hashlib, decimal\nassert open('/proc/self/stat').read()"),
+            Outcome::Passed
+        );
+        assert_eq!(outcome("import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, 0) == -1"), Outcome::Passed);
+    }
+
+    #[test]
+    fn an_answer_cannot_be_written_by_the_program() {
+        let forged = "import os\nfor number in range(3, 64):\n    try: os.write(number, b'[\"\", \"passed\", \"[]\"]')\n    except OSError: pass\nos._exit(0)";
+        assert!(matches!(outcome(forged), Outcome::Failed(_)));
+        let endless = "import os\nwhile True:\n    for number in range(3, 64):\n        try: os.write(number, b'x' * 60000)\n        except OSError: pass";
+        assert!(matches!(outcome(endless), Outcome::Failed(_) | Outcome::TimedOut));
+        let drop_by_drop =
+            endless.replace("b'x' * 60000", "b'x'").replace("    for", "    __import__('time').sleep(0.3)\n    for");
+        assert_eq!(outcome(&drop_by_drop), Outcome::TimedOut);
     }
 }
