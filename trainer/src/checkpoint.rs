@@ -94,12 +94,13 @@ pub struct Export<'a> {
 }
 
 impl Export<'_> {
-    /// The folder's `config.json`.
+    /// The folder's `config.json`: of our own family, or of Qwen3's (which has the same layers) where there are no blocks.
     pub fn config(&self, dtype: WeightType) -> serde_json::Value {
         let Export { shape, vocabulary, decode, .. } = self;
-        serde_json::json!({
-            "architectures": ["UnmaskForBlockDiffusion"],
-            "model_type": "unmask",
+        let mut config = serde_json::json!({
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
             "hidden_size": shape.hidden,
             "intermediate_size": shape.inner,
             "num_hidden_layers": shape.layers,
@@ -112,22 +113,32 @@ impl Export<'_> {
             "max_position_embeddings": shape.positions,
             "tie_word_embeddings": true,
             "torch_dtype": match dtype { WeightType::F32 => "float32", WeightType::Bf16 => "bfloat16" },
-            "block_sizes": self.block_sizes,
-            "kept_reach": "causal",
-            "open_reach": "block",
-            "shift": false,
-            "mask_token_id": vocabulary.mask,
             "eos_token_id": [vocabulary.end],
-            "pad_token_id": vocabulary.end,
-            "infill": { "prefix": vocabulary.prefix, "suffix": vocabulary.suffix, "middle": vocabulary.middle },
-            "edit": if self.edits { "balanced" } else { "none" },
-            "decode": {
-                "block_size": decode.block_size,
-                "policy": { "threshold": { "tau": decode.tau } },
-                "max_tokens": decode.max_tokens,
-                "temperature": 0.0
+            "pad_token_id": vocabulary.end
+        });
+        if !self.block_sizes.is_empty() {
+            let own = serde_json::json!({
+                "architectures": ["UnmaskForBlockDiffusion"],
+                "model_type": "unmask",
+                "block_sizes": self.block_sizes,
+                "kept_reach": "causal",
+                "open_reach": "block",
+                "shift": false,
+                "mask_token_id": vocabulary.mask,
+                "infill": { "prefix": vocabulary.prefix, "suffix": vocabulary.suffix, "middle": vocabulary.middle },
+                "edit": if self.edits { "balanced" } else { "none" },
+                "decode": {
+                    "block_size": decode.block_size,
+                    "policy": { "threshold": { "tau": decode.tau } },
+                    "max_tokens": decode.max_tokens,
+                    "temperature": 0.0
+                }
+            });
+            if let (Some(config), serde_json::Value::Object(own)) = (config.as_object_mut(), own) {
+                config.extend(own);
             }
-        })
+        }
+        config
     }
 
     /// Writes a model folder; an existing one is replaced.

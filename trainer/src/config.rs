@@ -103,7 +103,7 @@ pub struct RawBatch {
     /// Rows per micro-batch.
     #[serde(default = "default_micro_rows")]
     pub micro_rows: usize,
-    /// One is drawn per step.
+    /// One is drawn per step. None at all: next tokens only, which makes an autoregressive model.
     pub block_sizes: Vec<usize>,
     /// Weight of the next-token loss on the clean half.
     #[serde(default = "default_next_token")]
@@ -269,6 +269,9 @@ impl RawMaskStage {
         if self.init.checkpoint.is_none() {
             problems.push("stage.init.checkpoint: this stage needs a model to start from".into());
         }
+        if self.batch.block_sizes.is_empty() {
+            problems.push("stage.batch.block_sizes: this stage needs at least one".into());
+        }
         let stage = self.validate();
         if let Err(error) = &stage {
             problems.push(error.to_string());
@@ -316,17 +319,23 @@ impl RawMaskStage {
 
     fn wrong_batch(&self) -> Vec<String> {
         let sizes = &self.batch.block_sizes;
-        let good = !sizes.is_empty() && sizes.iter().all(|&b| b.is_power_of_two() && (2..=BLOCK_MAX).contains(&b));
+        let good = sizes.iter().all(|&b| b.is_power_of_two() && (2..=BLOCK_MAX).contains(&b));
+        let autoregressive = sizes.is_empty();
         let longest = self.batch.length.next_multiple_of(sizes.iter().copied().max().unwrap_or(1).max(1));
         let positions = self.model.max_position_embeddings;
         let (block, tau, lambda) = (self.decode.block_size, self.decode.tau, self.batch.next_token);
         failed([
-            (good, format!("batch.block_sizes: powers of two from 2 to {BLOCK_MAX}, at least one, not {sizes:?}")),
+            (good, format!("batch.block_sizes: powers of two from 2 to {BLOCK_MAX}, not {sizes:?}")),
             (
                 longest <= positions,
                 format!("batch.length: {longest} with filling exceeds model.max_position_embeddings {positions}"),
             ),
-            (sizes.contains(&block), format!("decode.block_size: {block} is not in batch.block_sizes")),
+            (
+                autoregressive || sizes.contains(&block),
+                format!("decode.block_size: {block} is not in batch.block_sizes"),
+            ),
+            (!autoregressive || lambda > 0.0, "batch.next_token: must be positive where block_sizes is empty".into()),
+            (!autoregressive || self.edits.is_none(), "edits: need at least one of batch.block_sizes".into()),
             (tau > 0.0 && tau <= 1.0, format!("decode.tau: must be in (0, 1], not {tau}")),
             ((0.0..=10.0).contains(&lambda), format!("batch.next_token: must be in [0, 10], not {lambda}")),
         ])
@@ -413,6 +422,17 @@ mod tests {
         let stage = raw.validate().unwrap();
         assert_eq!(stage.shape(100).heads.width(), 128);
         assert!(toml::from_str::<RawMaskStage>(&GOOD.replace("tokens", "tokns")).is_err());
+    }
+
+    #[test]
+    fn without_block_sizes_it_is_autoregressive() {
+        let text = GOOD.replace("[4, 16]", "[]");
+        let raw: RawMaskStage = toml::from_str(&text).unwrap();
+        assert!(raw.clone().validate().is_ok());
+        assert!(raw.validate_later(Vec::new()).unwrap_err().to_string().contains("block_sizes"));
+        let silent = text.replace("block_sizes", "next_token = 0.0\nblock_sizes");
+        let error = toml::from_str::<RawMaskStage>(&silent).unwrap().validate().unwrap_err().to_string();
+        assert!(error.contains("batch.next_token"), "{error}");
     }
 
     #[test]

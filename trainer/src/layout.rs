@@ -21,6 +21,11 @@ pub struct Example {
 }
 
 impl Example {
+    /// A document without noisy rows: every token is scored as the next one.
+    pub fn next_tokens(clean: Vec<u32>) -> Example {
+        Example { length: clean.len(), clean, noisy: Vec::new(), scored: Vec::new(), block: 1 }
+    }
+
     /// Positions before the first block.
     pub fn prompt(&self) -> usize {
         self.clean.len() - self.noisy.len()
@@ -152,6 +157,13 @@ mod tests {
         assert_eq!(batch.positions[..], [2, 3, 4, 5, 0, 1, 2, 3, 4, 5]);
         assert_eq!(batch.targets.rows, [0, 2, 4, 5, 6, 7]);
         assert_eq!(batch.targets.tokens, [12, 14, 11, 12, 13, 14]);
+    }
+
+    #[test]
+    fn next_tokens_have_clean_rows_only() {
+        let batch = Batch::new(&[Example::next_tokens(vec![7, 8, 9])], (0.5, 0.25));
+        assert_eq!((&batch.ids[..], &batch.positions[..], batch.noisy_targets), (&[7, 8, 9][..], &[0, 1, 2][..], 0));
+        assert_eq!((&batch.targets.rows[..], &batch.targets.tokens[..]), (&[0, 1][..], &[8, 9][..]));
     }
 
     #[test]

@@ -78,7 +78,8 @@ pub(crate) fn step_with_replay(
     })
 }
 
-/// Documents of step `step` with together at least `tokens` tokens: masked, or edited once the curriculum is that far.
+/// Documents of step `step` with together at least `tokens` tokens: masked, or edited once the curriculum is that far;
+/// as they are where there are no blocks.
 fn corrupted(
     config: &MaskStage,
     step: usize,
@@ -89,6 +90,9 @@ fn corrupted(
     rng: &mut ChaCha8Rng,
 ) -> Vec<Example> {
     let raw = &config.raw;
+    if raw.batch.block_sizes.is_empty() {
+        return stream.step(tokens).into_iter().map(Example::next_tokens).collect();
+    }
     match &raw.edits {
         Some(edits) if step as f64 >= (1.0 - edits.share) * raw.steps as f64 => {
             let (share, masks) = (rng.random_range(0.0..=edits.alpha), rng.random_bool(edits.masked));

@@ -119,7 +119,8 @@ impl<'a> Training<'a> {
         let batch = &self.config.raw.batch;
         let step = self.state.step;
         let mut rng = generator(self.config.raw.seed, Purpose::Noise, step as u64);
-        let block = batch.block_sizes[rng.random_range(0..batch.block_sizes.len())];
+        let sizes = &batch.block_sizes;
+        let block = if sizes.is_empty() { 1 } else { sizes[rng.random_range(0..sizes.len())] };
         let examples = make(&mut self.stream, block, &mut rng);
         let tokens: usize = examples.iter().map(|example| example.length).sum();
         let (gradients, losses) = gradients(&self.model, &examples, batch.next_token, self.spread())?;
@@ -161,6 +162,10 @@ impl<'a> Training<'a> {
             self.model.set(self.optimizer.best())?;
         }
         let (mut mask_loss, mut next_loss) = (Vec::new(), 0.0);
+        if self.config.raw.batch.block_sizes.is_empty() {
+            let clean: Vec<Example> = self.held_out.iter().cloned().map(Example::next_tokens).collect();
+            next_loss = losses(&self.model, &clean, self.spread())?.next_mean();
+        }
         for &block_size in &self.config.raw.batch.block_sizes {
             let mut by_noise = Vec::with_capacity(NOISE_BINS);
             for bin in 0..NOISE_BINS {

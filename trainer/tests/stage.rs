@@ -3,13 +3,16 @@
 
 mod toy;
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use toy::Copies;
+use unmask_engine::{LoadOptions, Model};
 use unmask_trainer::{
     MaskStage, Sources,
     checkpoint::{Vocabulary, read_weights},
+    measure::Point,
     progress::Record,
+    rollout::roll_out,
     stage_mask, train_mask,
 };
 
@@ -74,4 +77,20 @@ fn learns_to_copy() {
         serde_json::from_str(&std::fs::read_to_string(summary.model.join("config.json")).unwrap()).unwrap();
     assert_eq!(config["vocab_size"], 14);
     assert_eq!(config["block_sizes"], serde_json::json!([4, 8]));
+}
+
+#[test]
+fn without_blocks_it_learns_next_tokens_and_is_a_plain_decoder() {
+    let dir = tempfile::tempdir().unwrap();
+    let vocabulary = Vocabulary::standard(14);
+    let mut raw = toy::stage(dir.path(), 250, "");
+    (raw.batch.block_sizes, raw.batch.next_token, raw.model.max_position_embeddings) = (Vec::new(), 1.0, 512);
+    let summary = train_mask(&raw.validate().unwrap(), sources(&vocabulary, dir.path())).unwrap();
+    assert!(summary.eval.mask_loss.is_empty() && summary.eval.next_loss < 1.35, "{summary:?}");
+    let model = Model::load(&summary.model, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
+    assert_eq!(model.config().family.name(), "qwen3");
+    // The word that was drawn comes again.
+    let word = [9, 7, 12, 6, 13, 8, 11];
+    let answers = roll_out(&Arc::new(model), &[word.to_vec()], Point::AUTOREGRESSIVE, 1, |_| {}).unwrap().rollouts;
+    assert_eq!(answers[0].answer[..3], word[..3]);
 }
