@@ -68,6 +68,10 @@ pub enum Command {
     Profile(ProfileArgs),
     /// Look at the choice of block size
     Policy(PolicyArgs),
+    /// Measure a served model: pass rate, passes and speed on tasks, infill and real code, with a report
+    #[cfg(feature = "train")]
+    #[command(after_help = crate::eval::EXAMPLES)]
+    Eval(crate::eval::EvalArgs),
     /// Make a model
     Train(TrainArgs),
 }

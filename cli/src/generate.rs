@@ -1,13 +1,12 @@
 //! `unmask generate`: a client, with a cluster of its own when none is named.
 
 use crate::args::GenerateArgs;
-use crate::local::{Cluster, Listeners, connect};
+use crate::local::with_gateway;
 use crate::output;
 use crate::screen::{Screen, Style, reason};
 use crate::{INTERRUPTED, request};
 use anyhow::{Context, bail};
 use std::io::{IsTerminal, Read};
-use std::net::{IpAddr, Ipv4Addr};
 use std::process::ExitCode;
 use std::time::Instant;
 use tonic::transport::Channel;
@@ -51,21 +50,10 @@ fn read_prompt(given: Option<&str>) -> anyhow::Result<String> {
 }
 
 async fn generate(args: &GenerateArgs, prompt: &str) -> anyhow::Result<ExitCode> {
-    if let Some(endpoint) = &args.endpoint {
-        let client = InferenceServiceClient::new(connect(endpoint)?);
-        let model = args.model.model.as_deref().unwrap_or_default();
-        stream(args, prompt, model, client).await?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let data = tempfile::tempdir().context("cannot make a temporary folder for the controller's state")?;
-    let listeners = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await?;
-    let mut cluster = Cluster::start(listeners, &args.model, data.path().to_owned())?;
-    let client = cluster.ready().await?;
-    tokio::select! {
-        ended = stream(args, prompt, "", client) => ended?,
-        failure = cluster.failed() => return Err(failure),
-    }
-    cluster.stop().await?;
+    let endpoint = args.endpoint.as_deref();
+    // A cluster of our own has one model, whatever the folder was called.
+    let model = if endpoint.is_some() { args.model.model.as_deref().unwrap_or_default() } else { "" };
+    with_gateway(endpoint, &args.model, async |client| stream(args, prompt, model, client).await).await?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -11,10 +11,13 @@
 //! - [`bench`]: measuring speed
 //! - [`profile`], [`policy`]: step time, and the block size it implies
 //! - [`train`]: making models
+//! - `eval`: how good a served model is (with the cargo feature `train`)
 //! - [`output`]: results on standard output, errors on standard error
 
 pub mod args;
 pub mod bench;
+#[cfg(feature = "train")]
+pub mod eval;
 pub mod generate;
 pub mod inspect;
 pub mod local;
@@ -68,6 +71,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(args),
         Command::Profile(args) => profile::run(&args),
         Command::Policy(args) => policy::run(&args),
+        #[cfg(feature = "train")]
+        Command::Eval(args) => eval::run(&args),
         Command::Train(args) => train::run(args),
     }
 }

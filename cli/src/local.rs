@@ -4,7 +4,7 @@ use crate::args::ModelArgs;
 use crate::models;
 use anyhow::{Context, anyhow, bail};
 use std::future::Future;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -152,6 +152,30 @@ impl Cluster {
         };
         tokio::time::timeout(STOP_LIMIT, all).await.unwrap_or_else(|_| bail!("services did not stop in time"))
     }
+}
+
+/// Runs `work` with a client of `endpoint`, or of a cluster in this process that stops afterwards.
+///
+/// # Errors
+/// The model is not found, a service fails, or `work` does.
+pub async fn with_gateway<T>(
+    endpoint: Option<&str>,
+    model: &ModelArgs,
+    work: impl AsyncFnOnce(InferenceServiceClient<Channel>) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    if let Some(endpoint) = endpoint {
+        return work(InferenceServiceClient::new(connect(endpoint)?)).await;
+    }
+    let data = tempfile::tempdir().context("cannot make a temporary folder for the controller's state")?;
+    let listeners = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await?;
+    let mut cluster = Cluster::start(listeners, model, data.path().to_owned())?;
+    let client = cluster.ready().await?;
+    let done = tokio::select! {
+        done = work(client) => done?,
+        failure = cluster.failed() => return Err(failure),
+    };
+    cluster.stop().await?;
+    Ok(done)
 }
 
 /// A lazy connection to a gateway.

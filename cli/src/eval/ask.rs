@@ -1,0 +1,110 @@
+//! Questions to a served model, several at a time.
+
+use anyhow::{Context, bail, ensure};
+use futures::{StreamExt, TryStreamExt, stream};
+use serde::{Deserialize, Serialize};
+use tonic::transport::Channel;
+use unmask_proto::v1::generate_request::Input;
+use unmask_proto::v1::generate_response::Event;
+use unmask_proto::v1::inference_service_client::InferenceServiceClient;
+use unmask_proto::v1::policy::{Autoregressive, Kind, Threshold};
+use unmask_proto::v1::{Decoding, GenerateRequest, ListModelsRequest, Model, Policy};
+use unmask_trainer::measure::Point;
+
+/// What is to be completed.
+pub struct Question {
+    /// Text before the answer.
+    pub prompt: String,
+    /// Text after it, for infill.
+    pub suffix: Option<String>,
+}
+
+/// What the model wrote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The answer.
+    pub text: String,
+    /// Tokens of it.
+    pub tokens: u32,
+    /// Forward passes, the prompt's left out.
+    pub passes: u32,
+}
+
+/// A served model and how it is asked.
+pub struct Asker {
+    client: InferenceServiceClient<Channel>,
+    /// The model.
+    pub model: Model,
+    /// Requests at once.
+    pub streams: usize,
+    /// The answer ends before the first of these.
+    pub stop: Vec<String>,
+    /// Longest answer; the model's default where absent.
+    pub max_tokens: Option<u32>,
+}
+
+impl Asker {
+    /// Finds the model: the named one, or the only one.
+    ///
+    /// # Errors
+    /// The gateway does not answer, or does not serve it.
+    pub async fn connect(
+        mut client: InferenceServiceClient<Channel>,
+        name: Option<&str>,
+        streams: usize,
+    ) -> anyhow::Result<Asker> {
+        let listed = client.list_models(ListModelsRequest {}).await.context("cannot ask for the models")?;
+        let models = listed.into_inner().models;
+        let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
+        let mut found: Vec<Model> =
+            models.into_iter().filter(|model| name.is_none_or(|name| name == model.name)).collect();
+        ensure!(found.len() == 1, "--model must name one model that is served, of: {}", names.join(", "));
+        Ok(Asker { client, model: found.remove(0), streams, stop: Vec::new(), max_tokens: None })
+    }
+
+    /// Answers in the order of the questions, decoded greedily at `point`.
+    ///
+    /// # Errors
+    /// The first refusal or failure.
+    pub async fn ask(&self, questions: Vec<Question>, point: Point) -> anyhow::Result<Vec<Answer>> {
+        stream::iter(questions).map(|question| self.answer(question, point)).buffered(self.streams).try_collect().await
+    }
+
+    async fn answer(&self, question: Question, point: Point) -> anyhow::Result<Answer> {
+        let autoregressive = point.block_size == 1;
+        let kind = match autoregressive {
+            true => Kind::Autoregressive(Autoregressive {}),
+            false => Kind::Threshold(Threshold { tau: point.threshold }),
+        };
+        let decoding = Decoding {
+            policy: Some(Policy { kind: Some(kind) }),
+            block_size: (!autoregressive).then_some(point.block_size),
+            max_tokens: self.max_tokens,
+            temperature: Some(0.0),
+            seed: Some(0),
+            stop: self.stop.clone(),
+            ..Decoding::default()
+        };
+        let request = GenerateRequest {
+            model: self.model.name.clone(),
+            input: Some(Input::Text(question.prompt)),
+            suffix: question.suffix,
+            decoding: Some(decoding),
+            ..GenerateRequest::default()
+        };
+        let mut events = self.client.clone().generate(request).await?.into_inner();
+        let mut text = String::new();
+        while let Some(message) = events.message().await? {
+            match message.event {
+                Some(Event::Commit(commit)) => text += &commit.text,
+                Some(Event::Finish(finish)) => {
+                    text += &finish.text;
+                    let tokens = finish.usage.map_or(0, |usage| usage.completion_tokens);
+                    return Ok(Answer { text, tokens, passes: finish.nfe });
+                }
+                Some(Event::Started(_) | Event::Draft(_)) | None => {}
+            }
+        }
+        bail!("the stream ended without a finish")
+    }
+}
