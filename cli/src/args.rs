@@ -140,9 +140,9 @@ pub struct ModelArgs {
 pub struct GenerateArgs {
     /// What to continue; `-` or nothing reads standard input
     pub prompt: Option<String>,
-    /// Ask a gateway instead of starting one in this process
-    #[arg(long, value_name = "URL")]
-    pub endpoint: Option<String>,
+    /// Ask a gateway instead of starting one in this process; with several, the next goes on when one is lost
+    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    pub endpoint: Vec<String>,
     /// The model, and how it runs in this process
     #[command(flatten)]
     pub model: ModelArgs,
@@ -257,6 +257,9 @@ pub struct WorkerArgs {
     /// Type of the weights
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,
+    /// Threads of the forward pass; all cores where neither this nor the file says
+    #[arg(long)]
+    pub threads: Option<usize>,
     /// Ranks that share the model, as threads of this worker: 1, 2, 4 or 8
     #[arg(long, value_name = "RANKS")]
     pub tensor_parallel: Option<usize>,

@@ -3,19 +3,16 @@
 use crate::args::GenerateArgs;
 use crate::local::with_gateway;
 use crate::output;
+use crate::resume::Resuming;
 use crate::screen::{Screen, Style, reason};
 use crate::{INTERRUPTED, request};
 use anyhow::{Context, bail};
 use std::io::{IsTerminal, Read};
 use std::process::ExitCode;
 use std::time::Instant;
-use tonic::transport::Channel;
 use unmask_proto::v1::Finish;
 use unmask_proto::v1::generate_response::Event;
-use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 
-/// Largest message of a stream (bytes).
-const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Columns of a terminal that does not say.
 const COLUMNS: u16 = 80;
 
@@ -50,10 +47,16 @@ fn read_prompt(given: Option<&str>) -> anyhow::Result<String> {
 }
 
 async fn generate(args: &GenerateArgs, prompt: &str) -> anyhow::Result<ExitCode> {
-    let endpoint = args.endpoint.as_deref();
-    // A cluster of our own has one model, whatever the folder was called.
-    let model = if endpoint.is_some() { args.model.model.as_deref().unwrap_or_default() } else { "" };
-    with_gateway(endpoint, &args.model, async |client| stream(args, prompt, model, client).await).await?;
+    let drafts = style(args) != Style::Plain;
+    if args.endpoint.is_empty() {
+        // A cluster of our own has one model, whatever the folder was called.
+        let request = request::build(args, prompt, "", drafts);
+        let ask = async |client| stream(args, prompt, Resuming::new(vec![client], request)).await;
+        with_gateway(None, &args.model, ask).await?;
+    } else {
+        let request = request::build(args, prompt, args.model.model.as_deref().unwrap_or_default(), drafts);
+        stream(args, prompt, Resuming::through(&args.endpoint, request)?).await?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -68,23 +71,17 @@ fn style(args: &GenerateArgs) -> Style {
     Style::Terminal { columns: usize::from(columns).max(1) }
 }
 
-async fn stream(
-    args: &GenerateArgs,
-    prompt: &str,
-    model: &str,
-    client: InferenceServiceClient<Channel>,
-) -> anyhow::Result<()> {
-    let style = style(args);
-    let mut screen = Screen::new(style);
-    let drafts = style != Style::Plain;
+async fn stream(args: &GenerateArgs, prompt: &str, mut events: Resuming) -> anyhow::Result<()> {
+    let mut screen = Screen::new(style(args));
     let started = Instant::now();
-    let mut client = client.max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let mut events = client.generate(request::build(args, prompt, model, drafts)).await?.into_inner();
-    output::out(&screen.prompt(prompt))?;
+    let mut begun = false;
     loop {
-        match events.message().await {
-            Ok(Some(message)) => {
-                let Some(event) = message.event else { continue };
+        match events.next().await {
+            Ok(event) => {
+                // Nothing of a request that is refused is shown.
+                if !std::mem::replace(&mut begun, true) {
+                    output::out(&screen.prompt(prompt))?;
+                }
                 output::out(&screen.event(&event))?;
                 if let Event::Finish(finish) = &event {
                     if !args.quiet {
@@ -93,10 +90,9 @@ async fn stream(
                     return Ok(());
                 }
             }
-            Ok(None) => bail!("the stream ended without a finish"),
-            Err(status) => {
+            Err(error) => {
                 output::out(&screen.broken_off())?;
-                return Err(status.into());
+                return Err(error);
             }
         }
     }

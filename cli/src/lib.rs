@@ -4,7 +4,7 @@
 //!
 //! Modules in reading order:
 //! - [`args`]: what may be typed
-//! - [`generate`], [`request`], [`screen`]: the client
+//! - [`generate`], [`request`], [`resume`], [`screen`]: the client
 //! - [`local`], [`up`], [`service`]: services in this process
 //! - [`models`]: where models are found
 //! - [`inspect`], [`raw`], [`verify`]: looking at checkpoints and comparing with other implementations
@@ -27,6 +27,7 @@ pub mod policy;
 pub mod profile;
 pub mod raw;
 pub mod request;
+pub mod resume;
 pub mod screen;
 pub mod service;
 pub mod train;

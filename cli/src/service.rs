@@ -48,6 +48,7 @@ pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     } else if raw.model.is_none() {
         raw.model = Some(models::find(None)?);
     }
+    raw.threads = args.threads.or(raw.threads);
     raw.tensor_parallel = args.tensor_parallel.or(raw.tensor_parallel);
     raw.rank_addresses = args.rank_addresses.or(raw.rank_addresses);
     let mut config = unmask_worker::Config::try_from(raw)?;

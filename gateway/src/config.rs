@@ -10,9 +10,11 @@ pub const STREAMS_MAX: usize = 512;
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 /// A client that takes nothing for this long is given up, when nothing else is configured.
 pub const STALL_LIMIT: Duration = Duration::from_secs(60);
+/// A stream whose group is lost waits this long for one, when nothing else is configured.
+pub const GROUP_WAIT: Duration = Duration::from_secs(30);
 /// Most streams that may be configured: what workers take on one connection.
 const STREAMS_LIMIT: usize = 1024;
-/// Longest drain or stall limit that may be configured.
+/// Longest of these limits that may be configured.
 const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Settings as written in a file. Unknown keys are errors.
@@ -29,6 +31,8 @@ pub struct RawConfig {
     pub drain_limit_ms: Option<u64>,
     /// A client that takes nothing for this long is given up (milliseconds).
     pub stall_limit_ms: Option<u64>,
+    /// A stream whose group is lost waits this long for one (milliseconds).
+    pub group_wait_ms: Option<u64>,
 }
 
 /// Validated settings.
@@ -44,6 +48,8 @@ pub struct Config {
     pub drain_limit: Duration,
     /// A client that takes nothing for this long is given up.
     pub stall_limit: Duration,
+    /// A stream whose group is lost waits this long for one, or until its deadline.
+    pub group_wait: Duration,
 }
 
 /// Everything wrong with a configuration.
@@ -60,6 +66,7 @@ impl Config {
             streams_max: STREAMS_MAX,
             drain_limit: DRAIN_LIMIT,
             stall_limit: STALL_LIMIT,
+            group_wait: GROUP_WAIT,
         }
     }
 }
@@ -89,6 +96,7 @@ impl TryFrom<RawConfig> for Config {
         let limits = [
             ("drain_limit_ms", raw.drain_limit_ms, &mut config.drain_limit),
             ("stall_limit_ms", raw.stall_limit_ms, &mut config.stall_limit),
+            ("group_wait_ms", raw.group_wait_ms, &mut config.group_wait),
         ];
         for (key, millis, limit) in limits {
             let Some(millis) = millis else { continue };

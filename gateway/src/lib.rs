@@ -92,6 +92,7 @@ pub async fn run(
         streams_max: config.streams_max,
         long_texts: Semaphore::new(LONG_TEXTS_MAX),
         stall_limit: config.stall_limit,
+        group_wait: config.group_wait,
         draining: draining.clone(),
         stop: stop.clone(),
     };

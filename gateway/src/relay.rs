@@ -19,8 +19,10 @@ use unmask_proto::v1::{
 
 /// Events a client may leave unread before its stream pauses.
 pub(crate) const EVENTS_MAX: usize = 32;
-/// Most submissions of one request without a new token in between.
+/// Most groups that take one request and break without a new token in between: the request may be what breaks them.
 const ATTEMPTS_MAX: u32 = 3;
+/// Most groups that are asked before a stream begins.
+const OPENINGS_MAX: u32 = 3;
 /// Longest wait for another group when none is left; then those that failed are tried again.
 const REROUTE_WAIT: Duration = Duration::from_millis(500);
 
@@ -41,6 +43,8 @@ pub(crate) struct Client {
     pub events: mpsc::Sender<Result<GenerateResponse, Status>>,
     /// A client that takes nothing for this long is given up.
     pub stall_limit: Duration,
+    /// How long the stream waits for a group when it has none.
+    pub group_wait: Duration,
     /// The gateway ends.
     pub stop: CancellationToken,
     /// Counts the stream for as long as it lasts.
@@ -65,8 +69,12 @@ pub(crate) struct Relay {
     assembler: Assembler,
     /// Groups, with their epochs, that broke or were busy.
     failed: Vec<(String, u64)>,
-    /// Submissions since the last new token.
+    /// Groups that took the request since the last new token.
     attempts: u32,
+    /// How long a stream without a group waits for one; a request whose stream has not begun does not.
+    patience: Option<Duration>,
+    /// When it lost its group, until the next new token.
+    lost: Option<Instant>,
     blocks_recomputed: u32,
     first_block: Option<Duration>,
     /// The work that the present group holds.
@@ -83,6 +91,8 @@ impl Relay {
             assembler,
             failed: Vec::new(),
             attempts: 0,
+            patience: None,
+            lost: None,
             blocks_recomputed: 0,
             first_block: None,
             lease: None,
@@ -107,9 +117,8 @@ impl Relay {
     /// What the last group said, or UNAVAILABLE when there is none.
     pub(crate) async fn open(&mut self) -> Result<Streaming<RunResponse>, Status> {
         let mut last = None;
-        loop {
+        for opening in 1.. {
             let route = self.route(last.as_ref()).await?;
-            self.attempts += 1;
             self.current = Some((route.group.clone(), route.epoch));
             let message = self.message(&route);
             let rows = message.prompt_ids.len() as u64 + u64::from(self.job.settings.max_tokens);
@@ -119,6 +128,7 @@ impl Relay {
             let status = match opened {
                 Ok(stream) => {
                     self.blocks_recomputed += recomputed;
+                    self.attempts += 1;
                     return Ok(stream);
                 }
                 Err(status) => status,
@@ -128,19 +138,27 @@ impl Relay {
                 return Err(forward(&status));
             }
             self.give_up_group(&status);
-            if self.attempts >= ATTEMPTS_MAX {
+            if self.left().map_or(opening >= OPENINGS_MAX, |left| left.is_zero()) {
                 return Err(lost(verdict, &status));
             }
             last = Some((verdict, status));
         }
+        Err(lost(Verdict::Broken, &Status::unavailable("too many groups were asked")))
     }
 
     fn give_up_group(&mut self, status: &Status) {
         self.lease = None;
+        self.lost.get_or_insert_with(Instant::now);
         let Some((group, epoch)) = self.current.take() else { return };
         let (request_id, tokens) = (&self.job.request_id, self.assembler.ids().len());
         tracing::warn!(request_id, group, epoch, tokens, %status, "going on elsewhere");
         self.failed.push((group, epoch));
+    }
+
+    /// How much longer a stream waits for a group; `None` before it has begun.
+    fn left(&self) -> Option<Duration> {
+        let waited = self.lost.map_or(Duration::ZERO, |since| since.elapsed());
+        Some(self.patience?.saturating_sub(waited))
     }
 
     /// A group with the same tokens (numerics and tokenizer) that has not failed yet. When there is none, waits for
@@ -156,7 +174,8 @@ impl Relay {
         let fresh = |route: &Route| same(route) && !failed.iter().any(|(g, e)| *g == route.group && *e == route.epoch);
         let mut tables = self.upstream.routes.watch();
         let now = tables.borrow_and_update().pick(fresh);
-        if let (None, Some((Verdict::Busy, status))) = (&now, last) {
+        let left = self.left();
+        if let (None, Some((Verdict::Busy, status)), None) = (&now, last, left) {
             return Err(forward(status));
         }
         if now.is_none() {
@@ -164,12 +183,15 @@ impl Relay {
             // Whether it came or not, the table is asked again.
             let _ = timeout(REROUTE_WAIT, wait).await;
         }
-        let table = self.upstream.routes.table();
-        if let Some(route) = now.or_else(|| table.pick(fresh)) {
+        if let Some(route) = now.or_else(|| self.upstream.routes.table().pick(fresh)) {
             self.failed = failed;
             return Ok(route);
         }
-        table.pick(same).ok_or_else(|| {
+        if let Some(left) = left {
+            let wait = tables.wait_for(|table| table.routes.iter().any(|route| same(route)));
+            let _ = timeout(left, wait).await;
+        }
+        self.upstream.routes.table().pick(same).ok_or_else(|| {
             let message = format!("model `{}` has no ready group at present", model.name);
             rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
         })
@@ -206,6 +228,7 @@ impl Relay {
     /// stream cancels the request there.
     pub(crate) async fn deliver(mut self, first: Option<Streaming<RunResponse>>, client: Client) {
         let (deadline, request_id) = (self.job.deadline, self.job.request_id.clone());
+        self.patience = Some(client.group_wait);
         let end = tokio::select! {
             end = self.forward(first, &client) => end,
             () = client.events.closed() => {
@@ -264,7 +287,7 @@ impl Relay {
                 let fresh = self.assembler.commit(commit);
                 let fresh = fresh.map_err(|gap| rich::status(Code::Internal, "COMMIT_GAP", gap.to_string()))?;
                 if let Some(commit) = fresh {
-                    self.attempts = 0;
+                    (self.attempts, self.lost) = (0, None);
                     self.first_block.get_or_insert_with(|| self.job.arrived.elapsed());
                     client.send(Event::Commit(commit)).await?;
                 }

@@ -39,6 +39,7 @@ pub(crate) struct Service {
     pub streams_max: usize,
     pub long_texts: Semaphore,
     pub stall_limit: Duration,
+    pub group_wait: Duration,
     /// Nothing new is taken.
     pub draining: CancellationToken,
     /// Everything ends.
@@ -88,7 +89,8 @@ impl InferenceService for Service {
         let (events, reading) = mpsc::channel(EVENTS_MAX);
         // The channel is empty: the first event fits.
         let _ = events.try_send(Ok(GenerateResponse { event: Some(relay.started()) }));
-        let client = Client { events, stall_limit: self.stall_limit, stop: self.stop.clone(), _permit: permit };
+        let Service { stall_limit, group_wait, .. } = *self;
+        let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permit: permit };
         tokio::spawn(relay.deliver(first, client));
         Ok(Response::new(ReceiverStream::new(reading)))
     }

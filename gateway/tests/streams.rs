@@ -4,9 +4,11 @@
 mod harness;
 
 use harness::{Gateway, LIMIT, Run, TOKENIZER, Worker, ids, text, with, within};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
+use unmask_gateway::Config;
 use unmask_proto::v1::{Decoding, Draft, FinishReason, GenerateRequest, Resume};
 
 const ANSWER: &str = "def f(x):\n    return x + 1\n";
@@ -140,8 +142,10 @@ async fn a_group_that_comes_back_with_a_higher_epoch_takes_the_request_again() {
 }
 
 #[tokio::test]
-async fn without_another_group_the_client_is_told_to_try_again() {
-    let (gateway, mut worker) = one().await;
+async fn without_another_group_in_time_the_client_is_told_to_try_again() {
+    let mut worker = Worker::start().await;
+    let patience = |config: &mut Config| config.group_wait = Duration::from_millis(700);
+    let gateway = Gateway::configured(vec![worker.route("a", 1)], patience).await;
     let mut stream = gateway.generate(text("p")).await.unwrap();
     stream.started().await;
     let run = worker.run().await;
@@ -150,6 +154,24 @@ async fn without_another_group_the_client_is_told_to_try_again() {
     let status = stream.next().await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.get_details_retry_info().is_some(), "{status:?}");
+}
+
+#[tokio::test]
+async fn a_stream_waits_for_its_group_to_come_back_and_goes_on() {
+    let (gateway, mut worker) = one().await;
+    let mut stream = gateway.generate(text("p")).await.unwrap();
+    stream.started().await;
+    let run = worker.run().await;
+    *worker.refusal.lock().unwrap() = Some(Status::unavailable("gone"));
+    drop(run);
+    // Longer than a stream that has not begun would wait.
+    let back = Arc::clone(&worker.refusal);
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        *back.lock().unwrap() = None;
+    });
+    worker.run().await.finish(FinishReason::Eos).await;
+    stream.all().await.unwrap();
 }
 
 #[tokio::test]

@@ -1,0 +1,140 @@
+//! Real processes of the services, on free ports, that are really killed.
+#![allow(clippy::print_stderr, reason = "what the services say belongs to a failed test's output")]
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+use tonic::transport::Channel;
+use unmask::local::connect;
+use unmask_proto::v1::ListModelsRequest;
+use unmask_proto::v1::inference_service_client::InferenceServiceClient;
+
+/// Bounds every wait: far beyond what anything takes.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+pub type Client = InferenceServiceClient<Channel>;
+
+fn model() -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/sdar");
+    path.to_str().unwrap().to_owned()
+}
+
+/// A running service.
+pub struct Process {
+    child: Child,
+    /// host:port it listens on.
+    pub address: String,
+}
+
+impl Process {
+    /// Starts `unmask ARGUMENTS --listen ADDRESS` and waits until it says where it listens.
+    pub fn start(arguments: &[&str], listen: &str) -> Process {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_unmask"))
+            .args(arguments)
+            .args(["--listen", listen])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let address = loop {
+            let line = lines.next().unwrap_or_else(|| panic!("{arguments:?} ended")).unwrap();
+            eprintln!("{line}");
+            if let Some((_, address)) = line.split_once(" listens on ") {
+                break address.to_owned();
+            }
+        };
+        // Somebody must read on, or the service stops when the pipe is full.
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                eprintln!("{line}");
+            }
+        });
+        Process { child, address }
+    }
+
+    pub fn signal(&self, name: &str) {
+        assert!(Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap().success());
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub fn kill(mut self) -> String {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        self.address.clone()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A controller with the embedded store, gateways and workers.
+pub struct Cluster {
+    pub controller: Option<Process>,
+    pub gateways: Vec<Process>,
+    pub workers: Vec<Process>,
+    store: TempDir,
+}
+
+impl Cluster {
+    /// Starts everything and waits until all workers serve through all gateways.
+    pub async fn start(gateways: usize, workers: usize) -> Cluster {
+        let store = tempfile::tempdir().unwrap();
+        let mut cluster = Cluster { controller: None, gateways: Vec::new(), workers: Vec::new(), store };
+        cluster.start_controller("127.0.0.1:0");
+        let control = cluster.control();
+        for _ in 0..gateways {
+            cluster.gateways.push(Process::start(&["gateway", "--controller", &control], "127.0.0.1:0"));
+        }
+        for _ in 0..workers {
+            cluster.workers.push(cluster.worker("127.0.0.1:0"));
+        }
+        for gateway in 0..gateways {
+            cluster.serving(gateway, workers as u32).await;
+        }
+        cluster
+    }
+
+    pub fn control(&self) -> String {
+        self.controller.as_ref().unwrap().address.clone()
+    }
+
+    pub fn start_controller(&mut self, listen: &str) {
+        let store = format!("embedded:{}", self.store.path().join("store").display());
+        self.controller = Some(Process::start(&["controller", "--store", &store], listen));
+    }
+
+    pub fn worker(&self, listen: &str) -> Process {
+        let (control, model) = (self.control(), model());
+        let worker = ["worker", "--controller", &control, "--model", &model, "--threads", "1", "--dtype", "f32"];
+        Process::start(&worker, listen)
+    }
+
+    pub fn client(&self, gateway: usize) -> Client {
+        Client::new(connect(&self.gateways[gateway].address).unwrap())
+    }
+
+    pub fn endpoints(&self) -> Vec<String> {
+        self.gateways.iter().map(|gateway| gateway.address.clone()).collect()
+    }
+
+    /// Waits until a gateway has so many groups.
+    pub async fn serving(&self, gateway: usize, groups: u32) {
+        let mut client = self.client(gateway);
+        let serving = async {
+            loop {
+                let models = client.list_models(ListModelsRequest {}).await.map(|m| m.into_inner().models);
+                if models.is_ok_and(|models| models.iter().map(|model| model.ready_groups).sum::<u32>() == groups) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, serving).await.expect("the groups serve");
+    }
+}
