@@ -3,7 +3,7 @@
 //! Every write compares revisions, so a second controller on the same store makes this one's writes fail.
 
 use crate::core::Fact;
-use crate::store::{Entry, Expected, Revision, Store, StoreError};
+use crate::store::{Entry, Expected, Put, Revision, Store, StoreError};
 use std::collections::{BTreeMap, HashMap};
 
 const TERM: &str = "controller/term";
@@ -31,7 +31,7 @@ impl<S: Store> Ledger<S> {
     pub(crate) async fn open(store: S) -> Result<(Self, Recovered), StoreError> {
         let term = store.get(TERM).await?;
         let floor = store.get(EPOCH_FLOOR).await?;
-        let groups = store.range(GROUPS).await?;
+        let groups = store.range(GROUPS).await?.entries;
         let mut ledger =
             Self { store, term: number(TERM, term.as_ref())?.saturating_add(1), revisions: HashMap::new() };
         let known = [(TERM, &term), (EPOCH_FLOOR, &floor)];
@@ -74,7 +74,7 @@ impl<S: Store> Ledger<S> {
     async fn write(&mut self, key: &str, value: Option<String>) -> Result<(), StoreError> {
         let expected = self.revisions.get(key).map_or(Expected::Absent, |revision| Expected::Revision(*revision));
         let deletes = value.is_none();
-        let revision = self.store.put_if(key, expected, value.map(String::into_bytes)).await?;
+        let revision = self.store.put(Put::new(key, expected, value.map(String::into_bytes))).await?;
         if deletes {
             self.revisions.remove(key);
         } else {

@@ -1,7 +1,9 @@
 //! Records of the embedded store's log, in bytes.
 //!
 //! A log is [`MAGIC`], then records: length of the body (u32), CRC-32 of length and body (u32), body. A body is
-//! revision (u64), kind (u8), length of the key (u32), key, value. All numbers are little-endian.
+//! revision (u64), kind (u8), length of the key (u32), key, value. All numbers are little-endian. The value of a put begins
+//! with the revision that created the key and with its lease (0: none); puts of kind 0, from before there were leases,
+//! have neither.
 
 use super::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
 
@@ -10,7 +12,9 @@ pub(super) const MAGIC: &[u8; 8] = b"UNMASK\x00\x01";
 
 const HEADER_BYTES: usize = 8;
 const FIXED_BODY_BYTES: usize = 8 + 1 + 4;
-const BODY_BYTES_MAX: usize = FIXED_BODY_BYTES + KEY_BYTES_MAX + VALUE_BYTES_MAX;
+/// Created and lease, before a value.
+const PREFIX_BYTES: usize = 16;
+const BODY_BYTES_MAX: usize = FIXED_BODY_BYTES + KEY_BYTES_MAX + PREFIX_BYTES + VALUE_BYTES_MAX;
 
 /// One write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,27 +28,45 @@ pub(super) struct Record {
 /// What a record does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Change {
+    /// Writes a value, as of before there were leases.
+    OldPut(String, Vec<u8>),
     /// Writes a value.
-    Put(String, Vec<u8>),
+    Put {
+        key: String,
+        value: Vec<u8>,
+        /// Revision since which the key exists.
+        created: u64,
+        /// 0: none.
+        lease: u64,
+    },
     /// Deletes a key.
     Delete(String),
     /// Nothing: keeps the highest revision through a compaction.
     Mark,
+    /// Begins a lease.
+    Grant { lease: u64, ttl_ms: u64 },
+    /// Ends a lease, after its keys were deleted.
+    Revoke(u64),
 }
 
 impl Record {
     /// Appends the record's bytes.
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
-        let (kind, key, value): (u8, &str, &[u8]) = match &self.change {
-            Change::Put(key, value) => (0, key, value),
-            Change::Delete(key) => (1, key, &[]),
-            Change::Mark => (2, "", &[]),
+        let pair = |a: u64, b: u64| [a.to_le_bytes(), b.to_le_bytes()].concat();
+        let (kind, key, prefix, value): (u8, &str, Vec<u8>, &[u8]) = match &self.change {
+            Change::OldPut(key, value) => (0, key, Vec::new(), value),
+            Change::Delete(key) => (1, key, Vec::new(), &[]),
+            Change::Mark => (2, "", Vec::new(), &[]),
+            Change::Put { key, value, created, lease } => (3, key, pair(*created, *lease), value),
+            Change::Grant { lease, ttl_ms } => (4, "", pair(*lease, *ttl_ms), &[]),
+            Change::Revoke(lease) => (5, "", lease.to_le_bytes().to_vec(), &[]),
         };
-        let mut body = Vec::with_capacity(FIXED_BODY_BYTES + key.len() + value.len());
+        let mut body = Vec::with_capacity(FIXED_BODY_BYTES + key.len() + prefix.len() + value.len());
         body.extend_from_slice(&self.revision.to_le_bytes());
         body.push(kind);
         body.extend_from_slice(&(key.len() as u32).to_le_bytes());
         body.extend_from_slice(key.as_bytes());
+        body.extend_from_slice(&prefix);
         body.extend_from_slice(value);
         let length = (body.len() as u32).to_le_bytes();
         out.extend_from_slice(&length);
@@ -68,10 +90,17 @@ impl Record {
         let key_bytes = u32::from_le_bytes(body.get(9..13)?.try_into().ok()?) as usize;
         let rest = &body[FIXED_BODY_BYTES..];
         let key = String::from_utf8(rest.get(..key_bytes)?.to_vec()).ok()?;
+        let value = &rest[key_bytes..];
+        let number = |at: usize| Some(u64::from_le_bytes(value.get(at..at + 8)?.try_into().ok()?));
         let change = match body[8] {
-            0 => Change::Put(key, rest[key_bytes..].to_vec()),
+            0 => Change::OldPut(key, value.to_vec()),
             1 => Change::Delete(key),
             2 => Change::Mark,
+            3 => {
+                Change::Put { key, value: value.get(PREFIX_BYTES..)?.to_vec(), created: number(0)?, lease: number(8)? }
+            }
+            4 => Change::Grant { lease: number(0)?, ttl_ms: number(8)? },
+            5 => Change::Revoke(number(0)?),
             _ => return None,
         };
         Some((Record { revision, change }, HEADER_BYTES + size))
@@ -99,7 +128,11 @@ mod tests {
 
     fn record() -> impl Strategy<Value = Record> {
         let change = prop_oneof![
-            (".{0,20}", prop::collection::vec(any::<u8>(), 0..64)).prop_map(|(key, value)| Change::Put(key, value)),
+            (".{0,20}", prop::collection::vec(any::<u8>(), 0..64)).prop_map(|(key, value)| Change::OldPut(key, value)),
+            (".{0,20}", prop::collection::vec(any::<u8>(), 0..64), any::<u64>(), any::<u64>())
+                .prop_map(|(key, value, created, lease)| Change::Put { key, value, created, lease }),
+            (any::<u64>(), any::<u64>()).prop_map(|(lease, ttl_ms)| Change::Grant { lease, ttl_ms }),
+            any::<u64>().prop_map(Change::Revoke),
             ".{0,20}".prop_map(Change::Delete),
             Just(Change::Mark),
         ];
