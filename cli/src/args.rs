@@ -220,7 +220,7 @@ pub struct GatewayArgs {
     /// host:port to listen on
     #[arg(long, default_value = "127.0.0.1:7700")]
     pub listen: String,
-    /// host:port of the controller
+    /// host:port of the controller, or of its replicas with commas between
     #[arg(long)]
     pub controller: Option<String>,
 }
@@ -234,9 +234,12 @@ pub struct ControllerArgs {
     /// host:port to listen on
     #[arg(long, default_value = "127.0.0.1:7701")]
     pub listen: String,
-    /// embedded:FOLDER
+    /// embedded:FOLDER, or etcd://HOST:PORT,.. for several replicas (in builds with the cargo feature etcd)
     #[arg(long)]
     pub store: Option<String>,
+    /// host:port at which the others reach this replica; the address it listens on where absent
+    #[arg(long)]
+    pub advertise: Option<String>,
 }
 
 /// `unmask worker`
@@ -248,7 +251,7 @@ pub struct WorkerArgs {
     /// host:port to listen on
     #[arg(long, default_value = "127.0.0.1:7702")]
     pub listen: String,
-    /// host:port of the controller
+    /// host:port of the controller, or of its replicas with commas between
     #[arg(long)]
     pub controller: Option<String>,
     /// Folder or name of the model

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use unmask_controller::store::StoreUrl;
+use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::ListModelsRequest;
 use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 
@@ -95,14 +96,14 @@ impl Cluster {
         let config = unmask_controller::Config::new(store);
         let ended = stops[2].clone().cancelled_owned();
         services.spawn(named("controller", unmask_controller::run(config, controller, ended)));
-        let mut config = unmask_worker::Config::new(dir, addresses.1.to_string());
+        let mut config = unmask_worker::Config::new(dir, Controllers::one(addresses.1));
         config.load.dtype = model.dtype.weights();
         config.load.threads = model.threads;
         config.worker_id = Some(WORKER_ID.into());
         config.profile_dir = profile_dir;
         let ended = stops[1].clone().cancelled_owned();
         services.spawn(named("worker", unmask_worker::run(config, worker, ended)));
-        let config = unmask_gateway::Config::new(addresses.1.to_string());
+        let config = unmask_gateway::Config::new(Controllers::one(addresses.1));
         let ended = stops[0].clone().cancelled_owned();
         services.spawn(named("gateway", unmask_gateway::run(config, gateway, ended)));
         let (gateway, controller, worker) = addresses;

@@ -32,6 +32,7 @@ pub fn gateway(args: GatewayArgs) -> anyhow::Result<ExitCode> {
 pub fn controller(args: ControllerArgs) -> anyhow::Result<ExitCode> {
     let mut raw: unmask_controller::RawConfig = read(args.config.as_deref())?;
     raw.store = args.store.or(raw.store);
+    raw.advertise = args.advertise.or(raw.advertise);
     let config = unmask_controller::Config::try_from(raw)?;
     serve(&args.listen, "controller", |listener, stop| unmask_controller::run(config, listener, stop.cancelled_owned()))
 }

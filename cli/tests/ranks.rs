@@ -11,6 +11,7 @@ use tonic::transport::Channel;
 use unmask::args::{Dtype, ModelArgs};
 use unmask::local::{Cluster, Listeners, connect};
 use unmask_controller::store::StoreUrl;
+use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
 use unmask_proto::v1::inference_service_client::InferenceServiceClient;
@@ -71,7 +72,7 @@ async fn start() -> Group {
     let other = Process(other.unwrap());
     let data = tempfile::tempdir().unwrap();
     let Listeners { gateway, controller, worker } = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await.unwrap();
-    let (public, control) = (gateway.local_addr().unwrap(), controller.local_addr().unwrap().to_string());
+    let (public, control) = (gateway.local_addr().unwrap(), Controllers::one(controller.local_addr().unwrap()));
     let never = std::future::pending;
     let config = unmask_controller::Config::new(StoreUrl::Embedded(data.path().to_owned()));
     let controlling = tokio::spawn(async move { unmask_controller::run(config, controller, never()).await.unwrap() });

@@ -4,6 +4,7 @@ use crate::store::StoreUrl;
 use serde::Deserialize;
 use std::time::Duration;
 use thiserror::Error;
+use unmask_proto::controllers::is_host_port;
 
 /// Members silent for this long are taken out of the routes.
 pub const MEMBER_TTL: Duration = Duration::from_secs(5);
@@ -20,6 +21,8 @@ const MEMBER_TTL_MAX: Duration = Duration::from_secs(600);
 pub struct RawConfig {
     /// `embedded:FOLDER` or `etcd://HOST:PORT`.
     pub store: Option<String>,
+    /// host:port at which workers, gateways and other replicas reach this one; default: the address it listens on.
+    pub advertise: Option<String>,
     /// Milliseconds of silence after which a member leaves the routes; default 5000.
     pub member_ttl_ms: Option<u64>,
 }
@@ -29,6 +32,8 @@ pub struct RawConfig {
 pub struct Config {
     /// Where epochs and groups are kept.
     pub store: StoreUrl,
+    /// host:port at which this replica is reached; `None` takes the address it listens on.
+    pub advertise: Option<String>,
     /// Members silent for this long leave the routes; also the grace after a start.
     pub member_ttl: Duration,
 }
@@ -41,7 +46,7 @@ pub struct ConfigError(pub Vec<String>);
 impl Config {
     /// The default settings over `store`.
     pub fn new(store: StoreUrl) -> Self {
-        Self { store, member_ttl: MEMBER_TTL }
+        Self { store, advertise: None, member_ttl: MEMBER_TTL }
     }
 
     /// How often the state is looked over: often enough to notice silence soon after the time-to-live.
@@ -66,6 +71,9 @@ impl TryFrom<RawConfig> for Config {
                 None
             }
         };
+        if let Some(bad) = raw.advertise.as_deref().filter(|address| !is_host_port(address)) {
+            errors.push(format!("advertise: must be host:port, is `{bad}`"));
+        }
         let member_ttl = raw.member_ttl_ms.map_or(MEMBER_TTL, Duration::from_millis);
         if !(MEMBER_TTL_MIN..=MEMBER_TTL_MAX).contains(&member_ttl) {
             errors.push(format!(
@@ -76,7 +84,7 @@ impl TryFrom<RawConfig> for Config {
             ));
         }
         match store {
-            Some(store) if errors.is_empty() => Ok(Self { store, member_ttl }),
+            Some(store) if errors.is_empty() => Ok(Self { store, advertise: raw.advertise, member_ttl }),
             _ => Err(ConfigError(errors)),
         }
     }

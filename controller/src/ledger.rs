@@ -1,12 +1,12 @@
-//! What the controller keeps in the store: its term, the epoch floor, and the groups.
+//! What the controller keeps in the store: the epoch floor, and the groups.
 //!
-//! Every write compares revisions, so a second controller on the same store makes this one's writes fail.
+//! Every write needs leadership still: those of a controller that was paused or cut off for too long fail.
 
-use crate::core::Fact;
-use crate::store::{Entry, Expected, Put, Revision, Store, StoreError};
+use crate::core::{Fact, Group};
+use crate::store::{Entry, Expected, Guard, Put, Revision, Store, StoreError};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 
-const TERM: &str = "controller/term";
 const EPOCH_FLOOR: &str = "controller/epoch_floor";
 const GROUPS: &str = "groups/";
 
@@ -15,54 +15,53 @@ const GROUPS: &str = "groups/";
 pub(crate) struct Recovered {
     /// No epoch up to this one may be handed out again.
     pub epoch_floor: u64,
-    /// Worker to group.
-    pub groups: BTreeMap<String, String>,
+    /// By worker.
+    pub groups: BTreeMap<String, Group>,
 }
 
-/// The store, with the revisions this controller last saw.
+/// A group's value in the store.
+#[derive(Serialize, Deserialize)]
+struct StoredGroup {
+    group_id: String,
+    epoch: u64,
+}
+
+/// The store as its leader writes it, with the revisions it last saw.
 pub(crate) struct Ledger<S> {
     store: S,
-    term: u64,
+    leadership: Guard,
     revisions: HashMap<String, Revision>,
 }
 
 impl<S: Store> Ledger<S> {
-    /// Reads what an earlier run left and begins a term above its.
-    pub(crate) async fn open(store: S) -> Result<(Self, Recovered), StoreError> {
-        let term = store.get(TERM).await?;
+    /// Reads what an earlier run left.
+    pub(crate) async fn open(store: S, leadership: Guard) -> Result<(Self, Recovered), StoreError> {
         let floor = store.get(EPOCH_FLOOR).await?;
         let groups = store.range(GROUPS).await?.entries;
-        let mut ledger =
-            Self { store, term: number(TERM, term.as_ref())?.saturating_add(1), revisions: HashMap::new() };
-        let known = [(TERM, &term), (EPOCH_FLOOR, &floor)];
-        for (key, entry) in known {
-            if let Some(entry) = entry {
-                ledger.revisions.insert(key.to_owned(), entry.revision);
-            }
+        let mut ledger = Self { store, leadership, revisions: HashMap::new() };
+        if let Some(entry) = &floor {
+            ledger.revisions.insert(EPOCH_FLOOR.to_owned(), entry.revision);
         }
         let mut recovered = Recovered { epoch_floor: number(EPOCH_FLOOR, floor.as_ref())?, groups: BTreeMap::new() };
         for (key, entry) in groups {
-            let group = String::from_utf8(entry.value)
-                .map_err(|error| StoreError::Value { key: key.clone(), why: error.to_string() })?;
-            recovered.groups.insert(key[GROUPS.len()..].to_owned(), group);
+            recovered.groups.insert(key[GROUPS.len()..].to_owned(), group(&key, &entry)?);
             ledger.revisions.insert(key, entry.revision);
         }
-        let term = ledger.term.to_string();
-        ledger.write(TERM, Some(term)).await?;
         Ok((ledger, recovered))
     }
 
-    /// Number of this controller's leadership.
+    /// Number of this controller's leadership; rises from one leader to the next.
     pub(crate) fn term(&self) -> u64 {
-        self.term
+        self.leadership.created.0
     }
 
     /// Stores a fact durably.
     pub(crate) async fn record(&mut self, fact: &Fact) -> Result<(), StoreError> {
         match fact {
             Fact::EpochFloor(epoch) => self.write(EPOCH_FLOOR, Some(epoch.to_string())).await,
-            Fact::Group { worker_id, group_id } => {
-                self.write(&format!("{GROUPS}{worker_id}"), Some(group_id.clone())).await
+            Fact::Group { worker_id, group: Group { id, epoch } } => {
+                let stored = serde_json::to_string(&StoredGroup { group_id: id.clone(), epoch: *epoch });
+                self.write(&format!("{GROUPS}{worker_id}"), Some(stored.unwrap_or_default())).await
             }
             Fact::NoGroup { worker_id } => {
                 let key = format!("{GROUPS}{worker_id}");
@@ -72,16 +71,41 @@ impl<S: Store> Ledger<S> {
     }
 
     async fn write(&mut self, key: &str, value: Option<String>) -> Result<(), StoreError> {
-        let expected = self.revisions.get(key).map_or(Expected::Absent, |revision| Expected::Revision(*revision));
-        let deletes = value.is_none();
-        let revision = self.store.put(Put::new(key, expected, value.map(String::into_bytes))).await?;
-        if deletes {
-            self.revisions.remove(key);
-        } else {
-            self.revisions.insert(key.to_owned(), revision);
-        }
+        let value = value.map(String::into_bytes);
+        let revision = match self.put(key, value.clone()).await {
+            // Only a leader writes, so what is not as expected is a write of ours whose answer was lost.
+            Err(StoreError::Conflict { found, .. }) => {
+                self.saw(key, found);
+                self.put(key, value.clone()).await?
+            }
+            put => put?,
+        };
+        self.saw(key, value.is_some().then_some(revision));
         Ok(())
     }
+
+    async fn put(&self, key: &str, value: Option<Vec<u8>>) -> Result<Revision, StoreError> {
+        let expected = self.revisions.get(key).map_or(Expected::Absent, |revision| Expected::Revision(*revision));
+        self.store.put(Put::new(key, expected, value).guarded(&self.leadership)).await
+    }
+
+    fn saw(&mut self, key: &str, revision: Option<Revision>) {
+        match revision {
+            Some(revision) => self.revisions.insert(key.to_owned(), revision),
+            None => self.revisions.remove(key),
+        };
+    }
+}
+
+/// The value of a group. Earlier versions stored its name alone.
+fn group(key: &str, entry: &Entry) -> Result<Group, StoreError> {
+    let wrong = |why: String| StoreError::Value { key: key.to_owned(), why };
+    let text = std::str::from_utf8(&entry.value).map_err(|error| wrong(error.to_string()))?;
+    if !text.starts_with('{') {
+        return Ok(Group { id: text.to_owned(), epoch: 0 });
+    }
+    let StoredGroup { group_id, epoch } = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
+    Ok(Group { id: group_id, epoch })
 }
 
 fn number(key: &str, entry: Option<&Entry>) -> Result<u64, StoreError> {
@@ -94,35 +118,68 @@ fn number(key: &str, entry: Option<&Entry>) -> Result<u64, StoreError> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use crate::lead;
     use crate::store::Embedded;
+
+    async fn lead(store: &Embedded) -> (Ledger<Embedded>, Recovered) {
+        let leadership = lead::seize(store, "me").await.unwrap();
+        Ledger::open(store.clone(), leadership).await.unwrap()
+    }
 
     #[tokio::test]
     async fn terms_rise_and_facts_survive_a_restart() {
         let folder = tempfile::tempdir().unwrap();
-        let open = || async { Ledger::open(Embedded::open(folder.path().join("s")).await.unwrap()).await.unwrap() };
-        let (mut ledger, recovered) = open().await;
-        assert_eq!((ledger.term(), recovered.epoch_floor), (1, 0));
-        let group = |id: &str| Fact::Group { worker_id: id.into(), group_id: format!("group-{id}") };
-        for fact in [group("a"), group("b"), Fact::EpochFloor(1), Fact::EpochFloor(7)] {
+        let open = || async { Embedded::open(folder.path().join("s")).await.unwrap() };
+        let store = open().await;
+        let (mut ledger, recovered) = lead(&store).await;
+        let term = ledger.term();
+        assert_eq!(recovered.epoch_floor, 0);
+        let group = |id: &str| Group { id: format!("group-{id}"), epoch: 7 };
+        let fact = |id: &str| Fact::Group { worker_id: id.into(), group: group(id) };
+        for fact in [fact("a"), fact("b"), Fact::EpochFloor(1), Fact::EpochFloor(7)] {
             ledger.record(&fact).await.unwrap();
         }
         for _ in 0..2 {
             ledger.record(&Fact::NoGroup { worker_id: "b".into() }).await.unwrap();
         }
-        drop(ledger);
-        let (ledger, recovered) = open().await;
-        assert_eq!((ledger.term(), recovered.epoch_floor), (2, 7));
-        assert_eq!(recovered.groups, BTreeMap::from([("a".into(), "group-a".into())]));
+        drop((ledger, store));
+        let (ledger, recovered) = lead(&open().await).await;
+        assert!(ledger.term() > term);
+        assert_eq!(recovered.epoch_floor, 7);
+        assert_eq!(recovered.groups, BTreeMap::from([("a".into(), group("a"))]));
+    }
+
+    #[test]
+    fn groups_of_earlier_versions_are_read() {
+        let entry = |value: &str| Entry { revision: Revision(1), created: Revision(1), value: value.into() };
+        assert_eq!(group("k", &entry("group-a")).unwrap(), Group { id: "group-a".into(), epoch: 0 });
+        assert!(matches!(group("k", &entry("{}")), Err(StoreError::Value { .. })));
     }
 
     #[tokio::test]
     async fn a_deposed_controller_cannot_write() {
         let folder = tempfile::tempdir().unwrap();
         let store = Embedded::open(folder.path().join("s")).await.unwrap();
-        let (mut old, _) = Ledger::open(store.clone()).await.unwrap();
+        let (mut old, _) = lead(&store).await;
         old.record(&Fact::EpochFloor(1)).await.unwrap();
-        let (mut new, _) = Ledger::open(store).await.unwrap();
+        let (mut new, _) = lead(&store).await;
+        for fact in
+            [Fact::EpochFloor(3), Fact::Group { worker_id: "a".into(), group: Group { id: "g".into(), epoch: 1 } }]
+        {
+            assert!(matches!(old.record(&fact).await, Err(StoreError::Deposed(_))));
+        }
         new.record(&Fact::EpochFloor(2)).await.unwrap();
-        assert!(matches!(old.record(&Fact::EpochFloor(3)).await, Err(StoreError::Conflict { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_write_whose_answer_was_lost_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Embedded::open(folder.path().join("s")).await.unwrap();
+        let (mut ledger, _) = lead(&store).await;
+        let known = ledger.revisions.clone();
+        ledger.record(&Fact::EpochFloor(1)).await.unwrap();
+        ledger.revisions = known;
+        ledger.record(&Fact::EpochFloor(2)).await.unwrap();
+        assert_eq!(store.get(EPOCH_FLOOR).await.unwrap().unwrap().value, b"2");
     }
 }

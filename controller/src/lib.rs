@@ -7,13 +7,15 @@
 //! - [`core`]: `decide(state, event, now) -> actions`, pure
 //! - [`policy`]: block size and threshold from measured step times and quality, pure
 //! - [`config`]: raw and validated settings
-//! - [`store`]: the store trait and its embedded implementation
+//! - [`store`]: the store trait, a folder, etcd
+//! - `lead`: which of several controllers on one store decides
 //! - `ledger`: what the controller keeps in the store
 //! - `shell`: the one task that owns the state and carries out actions
 //! - `service`: gRPC
 
 pub mod config;
 pub mod core;
+mod lead;
 mod ledger;
 pub mod policy;
 mod service;
@@ -23,13 +25,13 @@ pub mod store;
 pub use config::{Config, ConfigError, RawConfig};
 pub use store::{StoreError, StoreUrl};
 
-use crate::ledger::Ledger;
+use crate::lead::Standing;
 use crate::service::Service;
-use crate::shell::Shell;
 use std::future::Future;
 use std::time::Duration;
 use thiserror::Error;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
@@ -52,6 +54,9 @@ pub enum ControllerError {
     /// The store cannot be opened or read.
     #[error("store: {0}")]
     Store(#[from] StoreError),
+    /// The listener has no address.
+    #[error("listening: {0}")]
+    Address(std::io::Error),
     /// The listener failed.
     #[error("serving gRPC: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -68,15 +73,17 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
     let store = store::open(&config.store).await?;
-    let (ledger, recovered) = Ledger::open(store).await?;
-    tracing::info!(term = ledger.term(), groups = recovered.groups.len(), "controller starts");
+    let address = match &config.advertise {
+        Some(address) => address.clone(),
+        None => listener.local_addr().map_err(ControllerError::Address)?.to_string(),
+    };
     let stop = CancellationToken::new();
-    let (shell, handle) = Shell::new(&config, ledger, recovered, stop.clone());
-    let actor = tokio::spawn(shell.run());
+    let standing = watch::Sender::new(Standing::Following(None));
+    let service = Service::new(standing.subscribe());
+    let leading = tokio::spawn(lead::run(store, config, address, standing, stop.clone()));
 
     let (reporter, health) = tonic_health::server::health_reporter();
-    let service =
-        ControllerServiceServer::new(Service::new(handle, stop.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let service = ControllerServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
     reporter.set_serving::<ControllerServiceServer<Service>>().await;
     let server = Server::builder()
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
@@ -88,9 +95,14 @@ pub async fn run(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             stop.clone().cancelled_owned(),
         );
-    tokio::pin!(server, shutdown);
+    tokio::pin!(server, shutdown, leading);
+    let mut led = None;
     let served = tokio::select! {
         served = &mut server => served,
+        ended = &mut leading => {
+            led = Some(ended);
+            Ok(())
+        }
         () = &mut shutdown => {
             reporter.set_not_serving::<ControllerServiceServer<Service>>().await;
             stop.cancel();
@@ -98,8 +110,13 @@ pub async fn run(
         }
     };
     stop.cancel();
-    if let Err(error) = actor.await {
-        tracing::error!(%error, "the controller's task ended badly");
+    let led = match led {
+        Some(led) => led,
+        None => leading.await,
+    };
+    match led {
+        Ok(led) => led?,
+        Err(error) => tracing::error!(%error, "the controller's task ended badly"),
     }
     Ok(served?)
 }

@@ -1,15 +1,17 @@
 //! gRPC: checks what comes in, hands it to the task, streams what comes back.
 
 use crate::core::{Event, Heartbeat, Joining, Readiness, StreamId};
+use crate::lead::Standing;
 use crate::shell::{ANSWERS_MAX, Handle, Input, Outbound, stopping};
 use futures::stream::{BoxStream, StreamExt as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
+use unmask_proto::controllers::{is_host_port, not_leader};
 use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::controller_service_server::ControllerService;
 use unmask_proto::v1::{
@@ -22,6 +24,8 @@ const JOIN_STREAMS_MAX: usize = 2 * crate::core::MEMBERS_MAX;
 const WATCHERS_MAX: usize = 1024;
 /// Longest wait for a stream's first message.
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
+/// Longest wait of a call for an election to end.
+const ELECTION_WAIT: Duration = Duration::from_secs(1);
 /// Longest worker id, endpoint or model name (bytes).
 const NAME_BYTES_MAX: usize = 256;
 /// When a refused caller may try again.
@@ -29,21 +33,31 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// ControllerService.
 pub(crate) struct Service {
-    handle: Handle,
-    stop: CancellationToken,
+    standing: watch::Receiver<Standing>,
     next_stream: AtomicU64,
     joins: Arc<Semaphore>,
     watchers: Arc<Semaphore>,
 }
 
 impl Service {
-    pub(crate) fn new(handle: Handle, stop: CancellationToken) -> Self {
+    pub(crate) fn new(standing: watch::Receiver<Standing>) -> Self {
         Self {
-            handle,
-            stop,
+            standing,
             next_stream: AtomicU64::new(1),
             joins: Arc::new(Semaphore::new(JOIN_STREAMS_MAX)),
             watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
+        }
+    }
+
+    /// The task, while this replica leads. Waits a little while nobody is known to.
+    async fn leading(&self) -> Result<Handle, Status> {
+        let mut standing = self.standing.clone();
+        let known = |standing: &Standing| !matches!(standing, Standing::Following(None));
+        let found = tokio::time::timeout(ELECTION_WAIT, standing.wait_for(known)).await;
+        match found.ok().and_then(Result::ok).as_deref() {
+            Some(Standing::Leading(handle)) => Ok(handle.clone()),
+            Some(Standing::Following(leader)) => Err(not_leader(leader.as_deref())),
+            None => Err(not_leader(None)),
         }
     }
 }
@@ -59,15 +73,15 @@ impl ControllerService for Service {
     type JoinStream = ReceiverStream<Result<JoinResponse, Status>>;
 
     async fn join(&self, request: Request<Streaming<JoinRequest>>) -> Result<Response<Self::JoinStream>, Status> {
+        let Handle { inputs, over, .. } = self.leading().await?;
         let permit = permit(&self.joins, "Join")?;
         let inbound = request.into_inner();
         let stream = StreamId(self.next_stream.fetch_add(1, Ordering::Relaxed));
         let (answers, receiver) = mpsc::channel(ANSWERS_MAX);
-        let (inputs, stop) = (self.handle.inputs.clone(), self.stop.clone());
         // The response opens at once: a client may wait for it before it sends its first message.
         tokio::spawn(async move {
             let _permit = permit;
-            member_stream(stream, inbound, answers, inputs, stop).await;
+            member_stream(stream, inbound, answers, inputs, over).await;
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -78,16 +92,17 @@ impl ControllerService for Service {
         &self,
         _request: Request<WatchRoutesRequest>,
     ) -> Result<Response<Self::WatchRoutesStream>, Status> {
+        let Handle { routes, over, .. } = self.leading().await?;
         let permit = permit(&self.watchers, "WatchRoutes")?;
-        let tables = WatchStream::new(self.handle.routes.clone());
+        let tables = WatchStream::new(routes);
         let tables = tables.filter_map(move |table| {
             // Held as long as the stream.
             let _ = &permit;
             std::future::ready(table.map(|table| Ok(WatchRoutesResponse::clone(&table))))
         });
-        let stopped = futures::stream::once(self.stop.clone().cancelled_owned()).map(|()| Err(stopping()));
-        let until_stop = tables.take_until(self.stop.clone().cancelled_owned());
-        Ok(Response::new(until_stop.chain(stopped).boxed()))
+        let ended = futures::stream::once(over.clone().cancelled_owned()).map(|()| Err(stopping()));
+        let until_over = tables.take_until(over.cancelled_owned());
+        Ok(Response::new(until_over.chain(ended).boxed()))
     }
 }
 
@@ -97,11 +112,11 @@ async fn member_stream(
     mut inbound: Streaming<JoinRequest>,
     answers: mpsc::Sender<Result<JoinResponse, Status>>,
     inputs: mpsc::Sender<Input>,
-    stop: CancellationToken,
+    over: CancellationToken,
 ) {
     let greeted = tokio::select! {
         greeted = read_hello(&mut inbound) => greeted,
-        () = stop.cancelled() => Err(stopping()),
+        () = over.cancelled() => Err(stopping()),
     };
     let joining = match greeted {
         Ok(joining) => joining,
@@ -118,7 +133,7 @@ async fn member_stream(
     }
     let read = tokio::select! {
         read = read_reports(stream, &mut inbound, &inputs) => read,
-        () = stop.cancelled() => Err(stopping()),
+        () = over.cancelled() => Err(stopping()),
         () = ended.cancelled() => Ok(()),
     };
     if let (Err(status), Some(answers)) = (read, weak.upgrade()) {
@@ -170,8 +185,7 @@ fn validate(hello: Hello) -> Result<Joining, Vec<Violation>> {
             found.push(Violation::new(field, description));
         }
     }
-    let port = hello.endpoint.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
-    if !hello.endpoint.is_empty() && port.is_none_or(|port| port == 0) {
+    if !hello.endpoint.is_empty() && !is_host_port(&hello.endpoint) {
         found.push(Violation::new("hello.endpoint", format!("must be host:port, is `{}`", hello.endpoint)));
     }
     if !found.is_empty() {

@@ -43,6 +43,8 @@ pub(crate) struct Handle {
     pub inputs: mpsc::Sender<Input>,
     /// The last published table; `None` before the first.
     pub routes: watch::Receiver<Option<Arc<WatchRoutesResponse>>>,
+    /// The leadership is over.
+    pub over: CancellationToken,
 }
 
 /// The task.
@@ -53,7 +55,9 @@ pub(crate) struct Shell<S> {
     inputs: mpsc::Receiver<Input>,
     routes: watch::Sender<Option<Arc<WatchRoutesResponse>>>,
     streams: HashMap<StreamId, Outbound>,
-    stop: CancellationToken,
+    /// Until when this replica surely leads.
+    leading: watch::Receiver<Instant>,
+    over: CancellationToken,
 }
 
 impl<S: Store> Shell<S> {
@@ -61,24 +65,26 @@ impl<S: Store> Shell<S> {
         config: &Config,
         ledger: Ledger<S>,
         recovered: Recovered,
-        stop: CancellationToken,
+        leading: watch::Receiver<Instant>,
+        over: CancellationToken,
     ) -> (Self, Handle) {
         let (sender, inputs) = mpsc::channel(EVENTS_MAX);
         let (routes, watching) = watch::channel(None);
         let state = State::new(config.member_ttl, recovered.epoch_floor, recovered.groups);
-        let shell = Self { state, ledger, tick: config.tick(), inputs, routes, streams: HashMap::new(), stop };
-        (shell, Handle { inputs: sender, routes: watching })
+        let handle = Handle { inputs: sender, routes: watching, over: over.clone() };
+        let streams = HashMap::new();
+        (Self { state, ledger, tick: config.tick(), inputs, routes, streams, leading, over }, handle)
     }
 
     pub(crate) async fn run(mut self) {
         let start = Instant::now();
         let mut ticks = interval(self.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let stop = self.stop.clone();
+        let over = self.over.clone();
         loop {
             let event = tokio::select! {
                 biased;
-                () = stop.cancelled() => break,
+                () = over.cancelled() => break,
                 // Before ticks: a heartbeat that waits here was heard of in time.
                 input = self.inputs.recv() => match input {
                     Some(input) => self.take(input),
@@ -86,6 +92,10 @@ impl<S: Store> Shell<S> {
                 },
                 _ = ticks.tick() => Event::Tick,
             };
+            // A process that was paused must not act on what it knew before.
+            if Instant::now() >= *self.leading.borrow() {
+                break;
+            }
             let actions = decide(&mut self.state, event, start.elapsed());
             self.carry_out(actions).await;
         }
@@ -93,6 +103,7 @@ impl<S: Store> Shell<S> {
             // Full or gone: then the end of the channel says the same.
             let _ = outbound.answers.try_send(Err(stopping()));
         }
+        self.over.cancel();
     }
 
     fn take(&mut self, input: Input) -> Event {
@@ -173,7 +184,7 @@ fn unavailable(why: &str) -> Option<Status> {
     Some(rich::retryable(Code::Unavailable, "CONTROLLER_UNAVAILABLE", why, RETRY_AFTER))
 }
 
-/// The status of streams that end because the controller stops.
+/// The status of streams that end because the controller stops, or leads no longer.
 pub(crate) fn stopping() -> Status {
-    rich::retryable(Code::Unavailable, "CONTROLLER_STOPPING", "the controller is stopping", RETRY_AFTER)
+    rich::retryable(Code::Unavailable, "CONTROLLER_STOPPING", "this controller leads no longer", RETRY_AFTER)
 }

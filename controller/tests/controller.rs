@@ -110,9 +110,9 @@ async fn a_worker_joins_is_routed_and_leaves() {
     let controller = start(folder.path(), Duration::from_secs(5)).await;
     let mut watch = controller.watch().await;
     let empty = until(&mut watch, |_| true).await;
-    assert_eq!((empty.term, empty.routes.len()), (1, 0));
+    assert!(empty.term > 0 && empty.routes.is_empty());
     let mut member = join(&controller, "a").await;
-    assert_eq!(member.term, 1);
+    assert_eq!(member.term, empty.term);
     member.report(WorkerState::Loading, 0).await;
     member.report(WorkerState::Ready, 0).await;
     let ready = until(&mut watch, |table| !table.routes.is_empty()).await;

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use std::time::Duration;
 use thiserror::Error;
+use unmask_proto::controllers::Controllers;
 
 /// Most Generate streams at once, when nothing else is configured.
 pub const STREAMS_MAX: usize = 512;
@@ -21,7 +22,7 @@ const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RawConfig {
-    /// host:port of the controller.
+    /// host:port of the controller, or of its replicas with commas between.
     pub controller: Option<String>,
     /// Name of this gateway in the controller's logs; drawn when absent.
     pub gateway_id: Option<String>,
@@ -38,8 +39,8 @@ pub struct RawConfig {
 /// Validated settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// host:port of the controller.
-    pub controller: String,
+    /// The controller's replicas.
+    pub controllers: Controllers,
     /// Name of this gateway in the controller's logs.
     pub gateway_id: String,
     /// Most Generate streams at once.
@@ -58,10 +59,10 @@ pub struct Config {
 pub struct ConfigError(pub Vec<String>);
 
 impl Config {
-    /// The default settings for a controller at host:port.
-    pub fn new(controller: impl Into<String>) -> Self {
+    /// The default settings for a controller.
+    pub fn new(controllers: Controllers) -> Self {
         Self {
-            controller: controller.into(),
+            controllers,
             gateway_id: uuid::Uuid::new_v4().to_string(),
             streams_max: STREAMS_MAX,
             drain_limit: DRAIN_LIMIT,
@@ -76,11 +77,11 @@ impl TryFrom<RawConfig> for Config {
 
     fn try_from(raw: RawConfig) -> Result<Self, ConfigError> {
         let mut errors = Vec::new();
-        let mut config = Config::new(raw.controller.unwrap_or_default());
-        let port = config.controller.rsplit_once(':').filter(|(host, _)| !host.is_empty());
-        if port.and_then(|(_, port)| port.parse::<u16>().ok()).is_none_or(|port| port == 0) {
-            errors.push(format!("controller: must be host:port, is `{}`", config.controller));
+        let controllers = Controllers::parse(&raw.controller.unwrap_or_default());
+        if let Err(error) = &controllers {
+            errors.push(format!("controller: {error}"));
         }
+        let mut config = Config::new(controllers.unwrap_or_default());
         if let Some(id) = raw.gateway_id {
             if id.is_empty() {
                 errors.push("gateway_id: is empty: give a name or leave it out".into());
@@ -133,7 +134,10 @@ mod tests {
     #[test]
     fn what_is_not_said_is_the_default() {
         let config = parse(r#"{"controller": "localhost:7", "gateway_id": "g"}"#).unwrap();
-        assert_eq!(config, Config { gateway_id: "g".into(), ..Config::new("localhost:7") });
+        assert_eq!(
+            config,
+            Config { gateway_id: "g".into(), ..Config::new(Controllers::parse("localhost:7").unwrap()) }
+        );
         let error = serde_json::from_str::<RawConfig>(r#"{"port": 1}"#).unwrap_err();
         assert!(error.to_string().contains("port"), "{error}");
     }

@@ -109,7 +109,7 @@ pub async fn run(
             close.clone().cancelled_owned(),
         );
     let routes = Arc::clone(&upstream.routes);
-    let watching = watch::run(config.controller, config.gateway_id, Arc::clone(&routes));
+    let watching = watch::run(config.controllers, config.gateway_id, Arc::clone(&routes));
     let reporting = async {
         let mut tables = routes.watch();
         loop {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 use tonic::transport::Endpoint;
 use tonic::{Code, Status, Streaming};
+use unmask_proto::controllers::Controllers;
 use unmask_proto::rich;
 use unmask_proto::v1::controller_service_client::ControllerServiceClient;
 use unmask_proto::v1::{WatchRoutesRequest, WatchRoutesResponse};
@@ -25,12 +26,17 @@ const STABLE_AFTER: Duration = Duration::from_secs(5);
 const TABLE_BYTES_MAX: usize = 32 << 20;
 
 /// Watches for as long as it is polled.
-pub(crate) async fn run(controller: String, gateway_id: String, routes: Arc<Routes>) {
+pub(crate) async fn run(mut controllers: Controllers, gateway_id: String, routes: Arc<Routes>) {
     let mut backoff = BACKOFF_MIN;
     let mut highest_term = 0;
     loop {
         let began = Instant::now();
-        let Err(status) = follow(&controller, &gateway_id, &routes, &mut highest_term).await;
+        let Err(status) = follow(controllers.current(), &gateway_id, &routes, &mut highest_term).await;
+        let controller = controllers.current().to_owned();
+        if controllers.failed(&status) {
+            tracing::info!(controller, leader = controllers.current(), "another replica leads");
+            continue;
+        }
         tracing::warn!(controller, %status, "routes are not watched; the last known ones stay");
         if began.elapsed() >= STABLE_AFTER {
             backoff = BACKOFF_MIN;
@@ -72,7 +78,9 @@ async fn open(controller: &str, gateway_id: &str) -> Result<Streaming<WatchRoute
         .map_err(|error| rich::status(Code::InvalidArgument, "BAD_CONTROLLER", error.to_string()))?
         .tcp_nodelay(true)
         .http2_keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(CONNECT_LIMIT);
+        .keep_alive_timeout(CONNECT_LIMIT)
+        // Else a stream whose client has been dropped counts as idle, and a controller that hangs is not noticed.
+        .keep_alive_while_idle(true);
     let channel = endpoint
         .connect()
         .await

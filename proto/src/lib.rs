@@ -4,8 +4,9 @@
 //! receives a message.
 //!
 //! Modules in reading order: [`v1`] (generated), [`DESCRIPTORS`] (for reflection), [`rich`] (errors as
-//! section "Errors" of the public interface wants them).
+//! section "Errors" of the public interface wants them), [`controllers`] (which replica of a controller to ask).
 
+pub mod controllers;
 pub mod rich;
 
 /// Package `unmask.v1`.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use thiserror::Error;
 use unmask_engine::{Limits, LoadOptions};
+use unmask_proto::controllers::{Controllers, is_host_port};
 
 /// Longest wait at shutdown for requests to finish, when nothing else is configured.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
@@ -25,7 +26,7 @@ const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 pub struct RawConfig {
     /// Folder of the model.
     pub model: Option<PathBuf>,
-    /// host:port of the controller.
+    /// host:port of the controller, or of its replicas with commas between.
     pub controller: Option<String>,
     /// Stable name of this worker; default: its endpoint.
     pub worker_id: Option<String>,
@@ -80,8 +81,8 @@ pub struct Config {
     pub model: PathBuf,
     /// How to load it.
     pub load: LoadOptions,
-    /// host:port of the controller.
-    pub controller: String,
+    /// The controller's replicas.
+    pub controllers: Controllers,
     /// Stable name of this worker; `None` takes its endpoint.
     pub worker_id: Option<String>,
     /// host:port under which gateways reach it; `None` takes the address it listens on.
@@ -114,12 +115,12 @@ pub struct ConfigError(pub Vec<String>);
 
 impl Config {
     /// The default settings for a model and a controller.
-    pub fn new(model: PathBuf, controller: String) -> Self {
+    pub fn new(model: PathBuf, controllers: Controllers) -> Self {
         let limits = Limits::default();
         Self {
             model,
             load: LoadOptions::default(),
-            controller,
+            controllers,
             worker_id: None,
             advertise: None,
             rows_max: limits.rows_max,
@@ -160,9 +161,10 @@ impl TryFrom<RawConfig> for Config {
             }
         };
         require(raw.model.is_some(), "model: is missing, give the model's folder".into());
-        let controller = raw.controller.unwrap_or_default();
-        require(is_host_port(&controller), format!("controller: must be host:port, is `{controller}`"));
-        let mut config = Self::new(raw.model.unwrap_or_default(), controller);
+        let controllers = Controllers::parse(&raw.controller.unwrap_or_default());
+        let wrong = controllers.as_ref().err().map(|error| format!("controller: {error}"));
+        require(wrong.is_none(), wrong.unwrap_or_default());
+        let mut config = Self::new(raw.model.unwrap_or_default(), controllers.unwrap_or_default());
         if let Some(advertise) = &raw.advertise {
             require(is_host_port(advertise), format!("advertise: must be host:port, is `{advertise}`"));
         }
@@ -222,10 +224,6 @@ pub fn default_profile_dir() -> Option<PathBuf> {
     Some(cache.or_else(home)?.join("unmask/profiles"))
 }
 
-fn is_host_port(text: &str) -> bool {
-    text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -246,7 +244,7 @@ mod tests {
 
     #[test]
     fn an_unspecified_address_needs_an_advertised_one() {
-        let mut config = Config::new("m".into(), "c:1".into());
+        let mut config = Config::new("m".into(), Controllers::parse("c:1").unwrap());
         assert_eq!(config.endpoint("127.0.0.1:70".parse().unwrap()).unwrap(), "127.0.0.1:70");
         assert!(config.endpoint("0.0.0.0:70".parse().unwrap()).is_err());
         config.advertise = Some("worker-3:70".into());

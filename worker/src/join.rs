@@ -16,6 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 use tonic::{Code, Status, Streaming};
+use unmask_proto::controllers::Controllers;
 use unmask_proto::rich;
 use unmask_proto::v1::controller_service_client::ControllerServiceClient;
 use unmask_proto::v1::{
@@ -39,7 +40,7 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Who joins where.
 pub(crate) struct Joiner {
-    pub controller: String,
+    pub controllers: Controllers,
     pub worker_id: String,
     pub endpoint: String,
     pub model: ModelDescriptor,
@@ -64,7 +65,7 @@ pub(crate) fn start(joiner: Joiner, stop: CancellationToken) -> io::Result<JoinH
 }
 
 impl Joiner {
-    async fn run(self) {
+    async fn run(mut self) {
         let mut backoff = BACKOFF_MIN;
         let mut highest_term = 0;
         let mut readiness = self.membership.watch();
@@ -73,7 +74,12 @@ impl Joiner {
             match self.serve(&mut highest_term).await {
                 Ok(()) => return,
                 Err(status) => {
-                    tracing::warn!(controller = self.controller, %status, "not a member; joining again");
+                    let controller = self.controllers.current().to_owned();
+                    if self.controllers.failed(&status) {
+                        tracing::info!(controller, leader = self.controllers.current(), "another replica leads");
+                        continue;
+                    }
+                    tracing::warn!(controller, %status, "not a member; joining again");
                 }
             }
             if began.elapsed() >= STABLE_AFTER {
@@ -115,11 +121,13 @@ impl Joiner {
     }
 
     async fn open(&self) -> Result<(mpsc::Sender<JoinRequest>, Streaming<JoinResponse>), Status> {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.controller))
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.controllers.current()))
             .map_err(|error| rich::status(Code::InvalidArgument, "BAD_CONTROLLER", error.to_string()))?
             .tcp_nodelay(true)
             .http2_keep_alive_interval(REPORT_INTERVAL)
-            .keep_alive_timeout(CONNECT_LIMIT);
+            .keep_alive_timeout(CONNECT_LIMIT)
+            // Else a stream whose client has been dropped counts as idle, and a controller that hangs is not noticed.
+            .keep_alive_while_idle(true);
         let channel = endpoint
             .connect()
             .await

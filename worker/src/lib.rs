@@ -123,7 +123,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     let membership = Arc::new(Membership::new());
     let end_join = CancellationToken::new();
     let joiner = Joiner {
-        controller: config.controller.clone(),
+        controllers: config.controllers.clone(),
         worker_id: config.worker_id.clone().unwrap_or_else(|| endpoint.clone()),
         endpoint,
         model: descriptor::describe(&model, &tokenizer),

@@ -14,6 +14,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
+use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::controller_service_server::{ControllerService, ControllerServiceServer};
 use unmask_proto::v1::join_request::Message;
 use unmask_proto::v1::run_response::Event;
@@ -115,7 +116,7 @@ struct Worker {
 async fn start(controller: &Controller, change: impl FnOnce(&mut Config)) -> Worker {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let mut config = Config::new(model(), controller.address.to_string());
+    let mut config = Config::new(model(), Controllers::one(controller.address));
     config.load.threads = 1;
     config.kv_bytes = 64 << 20;
     change(&mut config);

@@ -208,10 +208,9 @@ async fn a_killed_gateway_is_left_for_another() {
     let load = Load::start(&cluster).await;
     for _ in 0..2 {
         load.progress(STREAMS).await;
-        let control = cluster.control();
         let address = cluster.gateways.remove(0).kill();
         load.progress(STREAMS).await;
-        cluster.gateways.insert(0, Process::start(&["gateway", "--controller", &control], &address));
+        cluster.gateways.insert(0, cluster.gateway(&address));
         cluster.serving(0, 1).await;
         cluster.gateways.swap(0, 1);
     }
@@ -222,7 +221,7 @@ async fn a_killed_gateway_is_left_for_another() {
 async fn without_a_controller_the_last_known_routes_serve() {
     let mut cluster = Cluster::start(1, 2).await;
     let load = Load::start(&cluster).await;
-    let address = cluster.controller.take().unwrap().kill();
+    let address = cluster.controllers.remove(0).kill();
     load.progress(2 * STREAMS).await;
     // Nobody tells the gateway that a worker is gone: it finds out by itself.
     let worker = cluster.workers.remove(0).kill();
@@ -265,4 +264,48 @@ async fn streams_wait_for_a_group_when_all_are_gone() {
     println!("all workers killed: {ended} streams, 0 differ; {continued} waited");
     // What had not begun may be refused; what had is never lost.
     assert_eq!(ended, begun.load(Ordering::Relaxed));
+}
+
+/// Both controllers' turn: whoever leads is killed or paused, and no stream notices.
+#[cfg(feature = "etcd")]
+#[tokio::test(flavor = "multi_thread")]
+async fn another_controller_takes_over_from_one_that_is_killed_or_paused() {
+    let (_etcd, mut cluster) = Cluster::replicated(1, 2).await;
+    let load = Load::start(&cluster).await;
+    // The first to start leads.
+    let address = cluster.controllers.remove(0).kill();
+    load.progress(2 * STREAMS).await;
+    cluster.start_controller(&address);
+    // A worker that dies now is taken out of the routes and put back by the second, which must lead for that.
+    let worker = cluster.workers.remove(0).kill();
+    cluster.serving(0, 1).await;
+    cluster.workers.push(cluster.worker(&worker));
+    cluster.serving(0, 2).await;
+    // Paused past its lease: the first takes over again, and the second must not act when it wakes up.
+    cluster.controllers[0].signal("-STOP");
+    let worker = cluster.workers.remove(0).kill();
+    cluster.serving(0, 1).await;
+    cluster.controllers[0].signal("-CONT");
+    cluster.workers.push(cluster.worker(&worker));
+    cluster.serving(0, 2).await;
+    load.progress(STREAMS).await;
+    load.end("a leading controller killed, another paused").await;
+}
+
+#[cfg(feature = "etcd")]
+#[tokio::test(flavor = "multi_thread")]
+async fn without_etcd_what_serves_goes_on_serving() {
+    let (mut etcd, mut cluster) = Cluster::replicated(1, 2).await;
+    let load = Load::start(&cluster).await;
+    etcd.kill();
+    // Longer than the leader's lease and the members' time-to-live.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    load.progress(STREAMS).await;
+    let worker = cluster.workers.remove(0).kill();
+    load.progress(STREAMS).await;
+    etcd.restart();
+    cluster.workers.push(cluster.worker(&worker));
+    cluster.serving(0, 2).await;
+    load.progress(STREAMS).await;
+    load.end("etcd away for 12 s, a worker killed meanwhile").await;
 }

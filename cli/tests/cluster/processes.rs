@@ -73,23 +73,42 @@ impl Drop for Process {
     }
 }
 
-/// A controller with the embedded store, gateways and workers.
+/// Controllers on one store, gateways and workers.
 pub struct Cluster {
-    pub controller: Option<Process>,
+    pub controllers: Vec<Process>,
     pub gateways: Vec<Process>,
     pub workers: Vec<Process>,
-    store: TempDir,
+    /// host:port of every controller, also of those that were killed.
+    control: String,
+    store: String,
+    _data: TempDir,
 }
 
 impl Cluster {
-    /// Starts everything and waits until all workers serve through all gateways.
+    /// Starts everything, with one controller on a store of its own, and waits until all workers serve through all
+    /// gateways.
     pub async fn start(gateways: usize, workers: usize) -> Cluster {
-        let store = tempfile::tempdir().unwrap();
-        let mut cluster = Cluster { controller: None, gateways: Vec::new(), workers: Vec::new(), store };
-        cluster.start_controller("127.0.0.1:0");
-        let control = cluster.control();
+        let data = tempfile::tempdir().unwrap();
+        let store = format!("embedded:{}", data.path().join("store").display());
+        Cluster::on(data, store, 1, gateways, workers).await
+    }
+
+    async fn on(data: TempDir, store: String, controllers: usize, gateways: usize, workers: usize) -> Cluster {
+        let mut cluster = Cluster {
+            controllers: Vec::new(),
+            gateways: Vec::new(),
+            workers: Vec::new(),
+            control: String::new(),
+            store,
+            _data: data,
+        };
+        for _ in 0..controllers {
+            cluster.start_controller("127.0.0.1:0");
+        }
+        let addresses: Vec<_> = cluster.controllers.iter().map(|controller| controller.address.clone()).collect();
+        cluster.control = addresses.join(",");
         for _ in 0..gateways {
-            cluster.gateways.push(Process::start(&["gateway", "--controller", &control], "127.0.0.1:0"));
+            cluster.gateways.push(cluster.gateway("127.0.0.1:0"));
         }
         for _ in 0..workers {
             cluster.workers.push(cluster.worker("127.0.0.1:0"));
@@ -100,18 +119,17 @@ impl Cluster {
         cluster
     }
 
-    pub fn control(&self) -> String {
-        self.controller.as_ref().unwrap().address.clone()
+    pub fn start_controller(&mut self, listen: &str) {
+        self.controllers.push(Process::start(&["controller", "--store", &self.store], listen));
     }
 
-    pub fn start_controller(&mut self, listen: &str) {
-        let store = format!("embedded:{}", self.store.path().join("store").display());
-        self.controller = Some(Process::start(&["controller", "--store", &store], listen));
+    pub fn gateway(&self, listen: &str) -> Process {
+        Process::start(&["gateway", "--controller", &self.control], listen)
     }
 
     pub fn worker(&self, listen: &str) -> Process {
-        let (control, model) = (self.control(), model());
-        let worker = ["worker", "--controller", &control, "--model", &model, "--threads", "1", "--dtype", "f32"];
+        let (control, model) = (&self.control, model());
+        let worker = ["worker", "--controller", control, "--model", &model, "--threads", "1", "--dtype", "f32"];
         Process::start(&worker, listen)
     }
 
@@ -136,5 +154,66 @@ impl Cluster {
             }
         };
         tokio::time::timeout(LIMIT, serving).await.expect("the groups serve");
+    }
+}
+
+/// A real etcd of one member.
+#[cfg(feature = "etcd")]
+pub struct Etcd {
+    child: Child,
+    data: TempDir,
+    /// Of clients and of peers.
+    ports: [u16; 2],
+}
+
+#[cfg(feature = "etcd")]
+impl Etcd {
+    fn spawn(data: &TempDir, ports: [u16; 2]) -> Child {
+        let [clients, peers] = ports.map(|port| format!("http://127.0.0.1:{port}"));
+        Command::new("etcd")
+            .args(["--name", "one", "--log-level", "error", "--data-dir"])
+            .arg(data.path())
+            .args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients])
+            .args(["--listen-peer-urls", &peers, "--initial-advertise-peer-urls", &peers])
+            .args(["--initial-cluster", &format!("one={peers}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("etcd is installed (Debian: apt-get install etcd-server)")
+    }
+
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    pub fn restart(&mut self) {
+        self.child = Etcd::spawn(&self.data, self.ports);
+    }
+}
+
+#[cfg(feature = "etcd")]
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+#[cfg(feature = "etcd")]
+impl Cluster {
+    /// Two controllers on a real etcd.
+    pub async fn replicated(gateways: usize, workers: usize) -> (Etcd, Cluster) {
+        let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (data, ports) = (tempfile::tempdir().unwrap(), [free(), free()]);
+        let etcd = Etcd { child: Etcd::spawn(&data, ports), data, ports };
+        let listens = async {
+            while tokio::net::TcpStream::connect(("127.0.0.1", ports[0])).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, listens).await.expect("etcd starts");
+        let store = format!("etcd://127.0.0.1:{}", ports[0]);
+        let cluster = Cluster::on(tempfile::tempdir().unwrap(), store, 2, gateways, workers).await;
+        (etcd, cluster)
     }
 }

@@ -1,7 +1,8 @@
 //! The controller's decisions: `decide(state, event, now) -> actions`. No clock, socket, store or randomness.
 //!
-//! Each worker is a group of its own. A group's epoch rises whenever its worker joins, above everything any member
-//! has reported and everything the store holds. A table of routes holds the workers that are ready in their
+//! Each worker is a group of its own. A group's epoch rises when another process joins as its worker, above everything any
+//! member has reported and everything the store holds; a process that comes back, to this controller or to one that took
+//! over, keeps its epoch, and with it its place in the routes that gateways know. A table of routes holds the workers that are ready in their
 //! current epoch and were heard of within the time-to-live.
 
 mod state;
@@ -83,6 +84,15 @@ pub enum Ending {
     Full,
 }
 
+/// A group, as the store knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// Its name.
+    pub id: String,
+    /// Its incarnation.
+    pub epoch: u64,
+}
+
 /// A fact the store keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fact {
@@ -93,7 +103,7 @@ pub enum Fact {
         /// The worker.
         worker_id: String,
         /// Its group.
-        group_id: String,
+        group: Group,
     },
     /// The worker is gone.
     NoGroup {

@@ -1,6 +1,6 @@
 //! Members, epochs and the table last published.
 
-use super::{Action, Ending, Fact, Heartbeat, Joining, MEMBERS_MAX, Readiness, StreamId};
+use super::{Action, Ending, Fact, Group, Heartbeat, Joining, MEMBERS_MAX, Readiness, StreamId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use unmask_proto::v1::{ModelDescriptor, Route};
@@ -32,15 +32,15 @@ pub struct State {
     ttl: Duration,
     epoch_floor: u64,
     members: BTreeMap<String, Member>,
-    /// Groups of an earlier run (worker to group) that have not come back yet.
-    missing: BTreeMap<String, String>,
+    /// Groups of an earlier run, by worker, that have not come back yet.
+    missing: BTreeMap<String, Group>,
     revision: u64,
     published: Option<Vec<Route>>,
 }
 
 impl State {
     /// The state at a start: what the store holds, and nobody heard of yet.
-    pub fn new(ttl: Duration, epoch_floor: u64, groups: BTreeMap<String, String>) -> Self {
+    pub fn new(ttl: Duration, epoch_floor: u64, groups: BTreeMap<String, Group>) -> Self {
         Self { ttl, epoch_floor, members: BTreeMap::new(), missing: groups, revision: 0, published: None }
     }
 
@@ -77,23 +77,30 @@ impl State {
         if let Some(old) = earlier.as_ref().and_then(|member| member.stream) {
             actions.push(Action::Close(old, Ending::Superseded));
         }
-        let known = earlier.map(|member| member.group_id).or_else(|| self.missing.get(&joining.worker_id).cloned());
-        let group_id = known.unwrap_or_else(|| {
-            let group_id = format!("group-{}", joining.worker_id);
-            let fact = Fact::Group { worker_id: joining.worker_id.clone(), group_id: group_id.clone() };
-            actions.push(Action::Persist(fact));
-            group_id
-        });
-        let epoch = self.next_epoch(joining.epoch, actions);
-        actions.push(Action::Assign { stream, group_id: group_id.clone(), epoch });
+        let group = |member: &Member| Group { id: member.group_id.clone(), epoch: member.epoch };
+        let known = earlier.as_ref().map(group).or_else(|| self.missing.get(&joining.worker_id).cloned());
+        let back = known.as_ref().is_some_and(|group| group.epoch > 0 && group.epoch == joining.epoch);
+        let group = match known {
+            Some(group) if back => group,
+            known => {
+                let id = known.map_or_else(|| format!("group-{}", joining.worker_id), |group| group.id);
+                let group = Group { id, epoch: self.next_epoch(joining.epoch, actions) };
+                let fact = Fact::Group { worker_id: joining.worker_id.clone(), group: group.clone() };
+                actions.push(Action::Persist(fact));
+                group
+            }
+        };
+        actions.push(Action::Assign { stream, group_id: group.id.clone(), epoch: group.epoch });
+        let earlier = earlier.filter(|_| back);
         let member = Member {
             stream: Some(stream),
-            group_id,
-            epoch,
+            group_id: group.id,
+            epoch: group.epoch,
             endpoint: joining.endpoint,
             model: joining.model,
-            readiness: Readiness::Loading,
-            outstanding_rows: 0,
+            // A process that is back stands where it stood until it says otherwise.
+            readiness: earlier.as_ref().map_or(Readiness::Loading, |member| member.readiness),
+            outstanding_rows: earlier.map_or(0, |member| member.outstanding_rows),
             heard: now,
         };
         self.members.insert(joining.worker_id, member);

@@ -29,6 +29,10 @@ fn table(actions: &[Action]) -> Option<Vec<(String, u64)>> {
     })
 }
 
+fn stored(worker: &str, epoch: u64) -> Group {
+    Group { id: format!("group-{worker}"), epoch }
+}
+
 /// Joins on `stream` and reports READY; the epoch.
 fn join(state: &mut State, stream: u64, worker: &str, now: Duration) -> u64 {
     let epoch = epoch_of(&decide(state, Event::Hello(StreamId(stream), joining(worker, 0)), now));
@@ -90,6 +94,24 @@ fn joining_again_raises_the_epoch_above_what_the_worker_saw_and_ends_the_old_str
 }
 
 #[test]
+fn a_process_that_is_back_keeps_its_epoch_and_its_route() {
+    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let epoch = join(&mut state, 1, "a", at(0));
+    decide(&mut state, Event::StreamClosed(StreamId(1)), at(1));
+    let actions = decide(&mut state, Event::Hello(StreamId(2), joining("a", epoch)), at(2));
+    assert_eq!(actions, [Action::Assign { stream: StreamId(2), group_id: "group-a".into(), epoch }]);
+    // So it does with a controller that took over, which knows its group from the store.
+    let mut state = State::new(TTL, epoch, BTreeMap::from([("a".to_owned(), stored("a", epoch))]));
+    assert_eq!(epoch_of(&decide(&mut state, Event::Hello(StreamId(1), joining("a", epoch)), at(0))), epoch);
+    let ready = decide(&mut state, Event::Report(StreamId(1), beat(epoch, Readiness::Ready, 0)), at(0));
+    assert_eq!(table(&ready), Some(vec![("group-a".into(), epoch)]));
+    // Another process under its name does not.
+    assert!(epoch_of(&decide(&mut state, Event::Hello(StreamId(2), joining("a", 0)), at(1))) > epoch);
+    // Nor does the first one, if it is still there.
+    assert!(epoch_of(&decide(&mut state, Event::Hello(StreamId(3), joining("a", epoch)), at(1))) > epoch + 1);
+}
+
+#[test]
 fn a_worker_at_the_endpoint_of_another_takes_its_place() {
     let mut state = State::new(TTL, 0, BTreeMap::new());
     join(&mut state, 1, "a", at(0));
@@ -110,7 +132,7 @@ fn a_report_above_the_floor_moves_the_floor_above_it() {
 
 #[test]
 fn after_a_start_no_table_is_published_before_the_groups_are_back_or_grace_is_over() {
-    let groups = BTreeMap::from([("a".to_owned(), "group-a".to_owned()), ("b".to_owned(), "group-b".to_owned())]);
+    let groups: BTreeMap<String, Group> = ["a", "b"].map(|id| (id.to_owned(), stored(id, 7))).into();
     let mut state = State::new(TTL, 7, groups.clone());
     assert_eq!(table(&decide(&mut state, Event::Tick, at(0))), None);
     let epoch = join(&mut state, 1, "a", at(1));
@@ -198,6 +220,8 @@ fn drawn() -> impl Strategy<Value = Drawn> {
 struct Model {
     opened: BTreeMap<u64, String>,
     assigned: BTreeMap<StreamId, u64>,
+    /// Workers' epochs.
+    held: BTreeMap<String, u64>,
     heard: BTreeMap<String, Duration>,
     floor: u64,
     stored_floor: u64,
@@ -210,9 +234,11 @@ impl Model {
             match action {
                 Action::Persist(Fact::EpochFloor(epoch)) => self.stored_floor = *epoch,
                 Action::Assign { stream, epoch, .. } => {
-                    prop_assert!(*epoch > self.floor, "epochs never fall nor repeat");
+                    let worker = self.opened[&stream.0].clone();
+                    let back = self.held.insert(worker, *epoch) == Some(*epoch);
+                    prop_assert!(back || *epoch > self.floor, "epochs never fall nor repeat");
                     prop_assert!(self.stored_floor >= *epoch, "stored before it is handed out");
-                    self.floor = *epoch;
+                    self.floor = self.floor.max(*epoch);
                     self.assigned.insert(*stream, *epoch);
                 }
                 Action::PublishRoutes { revision, routes } => {

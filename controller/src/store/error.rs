@@ -83,3 +83,11 @@ pub enum StoreError {
         why: String,
     },
 }
+
+impl StoreError {
+    /// Whether it may pass by itself, so that trying again later makes sense.
+    pub fn passes(&self) -> bool {
+        use StoreError::{Compacted, Conflict, Deposed, LeaseGone, Unavailable};
+        matches!(self, Unavailable(_) | Conflict { .. } | Deposed(_) | LeaseGone | Compacted(_))
+    }
+}

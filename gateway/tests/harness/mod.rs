@@ -15,6 +15,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status, Streaming};
 use unmask_gateway::{Config, GatewayError};
+use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::controller_service_server::{ControllerService, ControllerServiceServer};
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
@@ -246,7 +247,7 @@ impl Gateway {
         let wanted = routes.len();
         let tables = watch::Sender::new(WatchRoutesResponse { term: 1, revision: 1, routes });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut config = Config::new(listener.local_addr().unwrap().to_string());
+        let mut config = Config::new(Controllers::one(listener.local_addr().unwrap()));
         change(&mut config);
         let controller = CancellationToken::new();
         let server = Server::builder().add_service(ControllerServiceServer::new(Controller(tables.subscribe())));
