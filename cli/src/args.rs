@@ -66,7 +66,13 @@ pub enum Command {
     /// Measure step time, and draw tokens per second against block size
     #[command(after_help = "Example:\n  unmask profile --model models/python-tasks-3m --out target/profile")]
     Profile(ProfileArgs),
-    /// Look at the choice of block size
+    /// Look at a cluster: workers, groups, epochs, load, policies
+    #[command(after_help = "Example:\n  unmask status --controller 127.0.0.1:7701")]
+    Status(crate::control::StatusArgs),
+    /// Make a worker finish what it holds and leave
+    #[command(after_help = "Example:\n  unmask drain 127.0.0.1:7702 --controller 127.0.0.1:7701")]
+    Drain(crate::control::DrainArgs),
+    /// Look at the choice of block size, and steer it
     Policy(PolicyArgs),
     /// Measure a served model: pass rate, passes and speed on tasks, infill and real code, with a report
     #[cfg(feature = "train")]

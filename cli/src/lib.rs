@@ -6,6 +6,7 @@
 //! - [`args`]: what may be typed
 //! - [`generate`], [`request`], [`resume`], [`screen`]: the client
 //! - [`local`], [`up`], [`service`]: services in this process
+//! - [`control`]: looking at a cluster and steering it
 //! - [`models`]: where models are found
 //! - [`inspect`], [`raw`], [`verify`]: looking at checkpoints and comparing with other implementations
 //! - [`bench`]: measuring speed
@@ -16,6 +17,7 @@
 
 pub mod args;
 pub mod bench;
+pub mod control;
 #[cfg(feature = "train")]
 pub mod eval;
 pub mod generate;
@@ -71,6 +73,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(args),
         Command::Profile(args) => profile::run(&args),
+        Command::Status(args) => control::status(&args),
+        Command::Drain(args) => control::drain(&args),
         Command::Policy(args) => policy::run(&args),
         #[cfg(feature = "train")]
         Command::Eval(args) => eval::run(&args),

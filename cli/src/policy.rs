@@ -1,5 +1,7 @@
-//! `unmask policy explain`: the block size and threshold that measurements imply for a load, and why.
+//! `unmask policy`: `explain` shows the block size and threshold that measurements imply for a load, and why; `get` and `set` are
+//! a running cluster's ([`crate::control`]).
 
+use crate::control::{self, SetArgs, StatusArgs};
 use crate::output;
 use anyhow::Context;
 use clap::{Args, Subcommand};
@@ -27,6 +29,15 @@ pub enum PolicyCommand {
     #[command(after_help = "Example:
   unmask policy explain --profile profile.json --quality models/python-tasks-3m/quality.json --concurrency 8 --latency-ms 20")]
     Explain(ExplainArgs),
+    /// Show the settings that a cluster's models have
+    #[command(after_help = "Example:\n  unmask policy get --controller 127.0.0.1:7701 --json")]
+    Get(StatusArgs),
+    /// Set how the block size and threshold of a cluster's model are chosen
+    #[command(after_help = "Examples:
+  unmask policy set --model python-tasks-3m --automatic --latency-ms 20
+  unmask policy set --model python-tasks-3m --block-size 8 --threshold 0.95
+  unmask policy set --model python-tasks-3m --defaults")]
+    Set(SetArgs),
 }
 
 /// `unmask policy explain`
@@ -60,7 +71,11 @@ pub struct ExplainArgs {
 /// # Errors
 /// A file cannot be read, or is not what it should be.
 pub fn run(args: &PolicyArgs) -> anyhow::Result<ExitCode> {
-    let PolicyCommand::Explain(args) = &args.command;
+    let args = match &args.command {
+        PolicyCommand::Explain(args) => args,
+        PolicyCommand::Get(args) => return control::policies(args),
+        PolicyCommand::Set(args) => return control::set(args),
+    };
     let profile = read(&args.profile, Profile::parse)?;
     let quality = read(&args.quality, Quality::parse)?;
     let load = Load {

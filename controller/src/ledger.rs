@@ -1,7 +1,8 @@
-//! What the controller keeps in the store: the epoch floor, and the groups.
+//! What the controller keeps in the store: the epoch floor, the groups, and how models' settings come about.
 //!
 //! Every write needs leadership still: those of a controller that was paused or cut off for too long fail.
 
+use crate::core::settings::{Intent, ModelSettings, Settings};
 use crate::core::{Fact, Group};
 use crate::store::{Entry, Expected, Guard, Put, Revision, Store, StoreError};
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 
 const EPOCH_FLOOR: &str = "controller/epoch_floor";
 const GROUPS: &str = "groups/";
+const SETTINGS: &str = "settings/";
 
 /// What an earlier run left.
 #[derive(Debug, Default)]
@@ -17,6 +19,8 @@ pub(crate) struct Recovered {
     pub epoch_floor: u64,
     /// By worker.
     pub groups: BTreeMap<String, Group>,
+    /// By model.
+    pub settings: Settings,
 }
 
 /// A group's value in the store.
@@ -24,6 +28,13 @@ pub(crate) struct Recovered {
 struct StoredGroup {
     group_id: String,
     epoch: u64,
+}
+
+/// A model's value in the store.
+#[derive(Serialize, Deserialize)]
+struct StoredSettings {
+    intent: Intent,
+    revision: u64,
 }
 
 /// The store as its leader writes it, with the revisions it last saw.
@@ -38,13 +49,21 @@ impl<S: Store> Ledger<S> {
     pub(crate) async fn open(store: S, leadership: Guard) -> Result<(Self, Recovered), StoreError> {
         let floor = store.get(EPOCH_FLOOR).await?;
         let groups = store.range(GROUPS).await?.entries;
+        let settings = store.range(SETTINGS).await?.entries;
         let mut ledger = Self { store, leadership, revisions: HashMap::new() };
         if let Some(entry) = &floor {
             ledger.revisions.insert(EPOCH_FLOOR.to_owned(), entry.revision);
         }
-        let mut recovered = Recovered { epoch_floor: number(EPOCH_FLOOR, floor.as_ref())?, groups: BTreeMap::new() };
+        let mut recovered = Recovered { epoch_floor: number(EPOCH_FLOOR, floor.as_ref())?, ..Recovered::default() };
         for (key, entry) in groups {
             recovered.groups.insert(key[GROUPS.len()..].to_owned(), group(&key, &entry)?);
+            ledger.revisions.insert(key, entry.revision);
+        }
+        for (key, entry) in settings {
+            let stored: StoredSettings = serde_json::from_slice(&entry.value)
+                .map_err(|error| StoreError::Value { key: key.clone(), why: error.to_string() })?;
+            let settings = ModelSettings::stored(stored.intent, stored.revision);
+            recovered.settings.insert(key[SETTINGS.len()..].to_owned(), settings);
             ledger.revisions.insert(key, entry.revision);
         }
         Ok((ledger, recovered))
@@ -62,6 +81,10 @@ impl<S: Store> Ledger<S> {
             Fact::Group { worker_id, group: Group { id, epoch } } => {
                 let stored = serde_json::to_string(&StoredGroup { group_id: id.clone(), epoch: *epoch });
                 self.write(&format!("{GROUPS}{worker_id}"), Some(stored.unwrap_or_default())).await
+            }
+            Fact::Settings { model, intent, revision } => {
+                let stored = serde_json::to_string(&StoredSettings { intent: *intent, revision: *revision });
+                self.write(&format!("{SETTINGS}{model}"), Some(stored.unwrap_or_default())).await
             }
             Fact::NoGroup { worker_id } => {
                 let key = format!("{GROUPS}{worker_id}");
@@ -136,7 +159,9 @@ mod tests {
         assert_eq!(recovered.epoch_floor, 0);
         let group = |id: &str| Group { id: format!("group-{id}"), epoch: 7 };
         let fact = |id: &str| Fact::Group { worker_id: id.into(), group: group(id) };
-        for fact in [fact("a"), fact("b"), Fact::EpochFloor(1), Fact::EpochFloor(7)] {
+        let intent = Intent::Automatic { latency_ms: Some(20.0), floor: None };
+        let settings = Fact::Settings { model: "m".into(), intent, revision: 4 };
+        for fact in [fact("a"), fact("b"), Fact::EpochFloor(1), Fact::EpochFloor(7), settings] {
             ledger.record(&fact).await.unwrap();
         }
         for _ in 0..2 {
@@ -147,6 +172,7 @@ mod tests {
         assert!(ledger.term() > term);
         assert_eq!(recovered.epoch_floor, 7);
         assert_eq!(recovered.groups, BTreeMap::from([("a".into(), group("a"))]));
+        assert_eq!((recovered.settings["m"].intent, recovered.settings["m"].revision), (intent, 4));
     }
 
     #[test]

@@ -11,8 +11,10 @@
 //! - `lead`: which of several controllers on one store decides
 //! - `ledger`: what the controller keeps in the store
 //! - `shell`: the one task that owns the state and carries out actions
+//! - `admin`: what people ask of it
 //! - `service`: gRPC
 
+mod admin;
 pub mod config;
 pub mod core;
 mod lead;
@@ -35,10 +37,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use unmask_proto::v1::admin_service_server::AdminServiceServer;
 use unmask_proto::v1::controller_service_server::ControllerServiceServer;
 
-/// Longest message a member or gateway may send (bytes); a descriptor is well under 4 KiB.
-const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// Longest message a member or gateway may send (bytes): a descriptor of 4 KiB, and measurements of a few times 10 KiB.
+const MESSAGE_BYTES_MAX: usize = 512 * 1024;
 /// A connection that does not answer a ping for this long is closed.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often idle connections are pinged.
@@ -83,6 +86,7 @@ pub async fn run(
     let leading = tokio::spawn(lead::run(store, config, address, standing, stop.clone()));
 
     let (reporter, health) = tonic_health::server::health_reporter();
+    let admin = AdminServiceServer::new(service.clone());
     let service = ControllerServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
     reporter.set_serving::<ControllerServiceServer<Service>>().await;
     let server = Server::builder()
@@ -91,6 +95,7 @@ pub async fn run(
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .add_service(health)
         .add_service(service)
+        .add_service(admin)
         .serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             stop.clone().cancelled_owned(),

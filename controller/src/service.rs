@@ -1,21 +1,25 @@
 //! gRPC: checks what comes in, hands it to the task, streams what comes back.
 
-use crate::core::{Event, Heartbeat, Joining, Readiness, StreamId};
+use crate::admin;
+use crate::core::{Event, Heartbeat, Joining, Measured, Readiness, StreamId};
 use crate::lead::Standing;
+use crate::policy::{Profile, Quality, ReadError};
 use crate::shell::{ANSWERS_MAX, Handle, Input, Outbound, stopping};
 use futures::stream::{BoxStream, StreamExt as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 use unmask_proto::controllers::{is_host_port, not_leader};
 use unmask_proto::rich::{self, Violation};
+use unmask_proto::v1::admin_service_server::AdminService;
 use unmask_proto::v1::controller_service_server::ControllerService;
 use unmask_proto::v1::{
-    Hello, JoinRequest, JoinResponse, Report, WatchRoutesRequest, WatchRoutesResponse, WorkerState, join_request,
+    DrainRequest, DrainResponse, GetStatusRequest, GetStatusResponse, Hello, JoinRequest, JoinResponse, Report,
+    SetPolicyRequest, SetPolicyResponse, WatchRoutesRequest, WatchRoutesResponse, WorkerState, join_request,
 };
 
 /// Most Join streams at once: every member, and as many that come back before their old stream is noticed.
@@ -31,10 +35,11 @@ const NAME_BYTES_MAX: usize = 256;
 /// When a refused caller may try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// ControllerService.
+/// ControllerService and AdminService.
+#[derive(Clone)]
 pub(crate) struct Service {
     standing: watch::Receiver<Standing>,
-    next_stream: AtomicU64,
+    next_stream: Arc<AtomicU64>,
     joins: Arc<Semaphore>,
     watchers: Arc<Semaphore>,
 }
@@ -43,7 +48,7 @@ impl Service {
     pub(crate) fn new(standing: watch::Receiver<Standing>) -> Self {
         Self {
             standing,
-            next_stream: AtomicU64::new(1),
+            next_stream: Arc::new(AtomicU64::new(1)),
             joins: Arc::new(Semaphore::new(JOIN_STREAMS_MAX)),
             watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
         }
@@ -103,6 +108,35 @@ impl ControllerService for Service {
         let ended = futures::stream::once(over.clone().cancelled_owned()).map(|()| Err(stopping()));
         let until_over = tables.take_until(over.cancelled_owned());
         Ok(Response::new(until_over.chain(ended).boxed()))
+    }
+}
+
+#[tonic::async_trait]
+impl AdminService for Service {
+    async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
+        let (answer, answered) = oneshot::channel();
+        let inputs = self.leading().await?.inputs;
+        inputs.send(Input::Status(answer)).await.map_err(|_| stopping())?;
+        Ok(Response::new(answered.await.map_err(|_| stopping())?))
+    }
+
+    async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        self.command(Event::Drain(request.into_inner().worker_id)).await?;
+        Ok(Response::new(DrainResponse {}))
+    }
+
+    async fn set_policy(&self, request: Request<SetPolicyRequest>) -> Result<Response<SetPolicyResponse>, Status> {
+        let revision = self.command(admin::read(request.into_inner())?).await?;
+        Ok(Response::new(SetPolicyResponse { revision }))
+    }
+}
+
+impl Service {
+    async fn command(&self, event: Event) -> Result<u64, Status> {
+        let (answer, answered) = oneshot::channel();
+        let inputs = self.leading().await?.inputs;
+        inputs.send(Input::Command(event, answer)).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())?
     }
 }
 
@@ -191,7 +225,18 @@ fn validate(hello: Hello) -> Result<Joining, Vec<Violation>> {
     if !found.is_empty() {
         return Err(found);
     }
-    Ok(Joining { worker_id: hello.worker_id, endpoint: hello.endpoint, model, epoch: hello.epoch })
+    let measured = measured(&hello.worker_id, &hello.profile_json, &hello.quality_json);
+    Ok(Joining { worker_id: hello.worker_id, endpoint: hello.endpoint, model, epoch: hello.epoch, measured })
+}
+
+/// Measurements serve a choice; a worker whose cannot be read serves without.
+fn measured(worker_id: &str, profile: &str, quality: &str) -> Option<Arc<Measured>> {
+    if profile.is_empty() || quality.is_empty() {
+        return None;
+    }
+    let read = || Ok(Measured { profile: Profile::parse(profile)?, quality: Quality::parse(quality)? });
+    let read: Result<Measured, ReadError> = read();
+    read.inspect_err(|error| tracing::warn!(worker_id, %error, "its measurements are left out")).ok().map(Arc::new)
 }
 
 fn heartbeat(report: &Report) -> Result<Heartbeat, Status> {
@@ -203,5 +248,6 @@ fn heartbeat(report: &Report) -> Result<Heartbeat, Status> {
             return Err(rich::invalid(&[Violation::new("report.state", "must be LOADING, READY or DRAINING")]));
         }
     };
-    Ok(Heartbeat { epoch: report.epoch, readiness, outstanding_rows: report.outstanding_rows })
+    let requests = report.active_requests.saturating_add(report.queued_requests);
+    Ok(Heartbeat { epoch: report.epoch, readiness, outstanding_rows: report.outstanding_rows, requests })
 }

@@ -1,5 +1,6 @@
 //! The one task that owns the state: takes events in order, decides, carries out actions.
 
+use crate::admin;
 use crate::config::Config;
 use crate::core::{Action, Ending, Event, Joining, State, StreamId, decide};
 use crate::ledger::{Ledger, Recovered};
@@ -7,12 +8,12 @@ use crate::store::Store;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Status};
 use unmask_proto::rich;
-use unmask_proto::v1::{Assignment, JoinResponse, WatchRoutesResponse};
+use unmask_proto::v1::{Assignment, GetStatusResponse, JoinResponse, WatchRoutesResponse};
 
 /// Events that wait for the task; senders wait when it is full.
 const EVENTS_MAX: usize = 1024;
@@ -33,8 +34,12 @@ pub(crate) struct Outbound {
 pub(crate) enum Input {
     /// A stream opened, with its first message.
     Hello(StreamId, Box<Joining>, Outbound),
-    /// Anything else.
+    /// Anything else of a stream.
     Event(Event),
+    /// What somebody asked for; answered with the revision of the settings it changed once it is stored.
+    Command(Event, oneshot::Sender<Result<u64, Status>>),
+    /// What there is.
+    Status(oneshot::Sender<GetStatusResponse>),
 }
 
 /// The service's side of the task.
@@ -70,7 +75,8 @@ impl<S: Store> Shell<S> {
     ) -> (Self, Handle) {
         let (sender, inputs) = mpsc::channel(EVENTS_MAX);
         let (routes, watching) = watch::channel(None);
-        let state = State::new(config.member_ttl, recovered.epoch_floor, recovered.groups);
+        let Recovered { epoch_floor, groups, settings } = recovered;
+        let state = State::new(config.member_ttl, epoch_floor, groups, settings);
         let handle = Handle { inputs: sender, routes: watching, over: over.clone() };
         let streams = HashMap::new();
         (Self { state, ledger, tick: config.tick(), inputs, routes, streams, leading, over }, handle)
@@ -82,22 +88,21 @@ impl<S: Store> Shell<S> {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let over = self.over.clone();
         loop {
-            let event = tokio::select! {
+            let input = tokio::select! {
                 biased;
                 () = over.cancelled() => break,
                 // Before ticks: a heartbeat that waits here was heard of in time.
                 input = self.inputs.recv() => match input {
-                    Some(input) => self.take(input),
+                    Some(input) => input,
                     None => break,
                 },
-                _ = ticks.tick() => Event::Tick,
+                _ = ticks.tick() => Input::Event(Event::Tick),
             };
             // A process that was paused must not act on what it knew before.
             if Instant::now() >= *self.leading.borrow() {
                 break;
             }
-            let actions = decide(&mut self.state, event, start.elapsed());
-            self.carry_out(actions).await;
+            self.take(input, start.elapsed()).await;
         }
         for outbound in self.streams.into_values() {
             // Full or gone: then the end of the channel says the same.
@@ -106,8 +111,8 @@ impl<S: Store> Shell<S> {
         self.over.cancel();
     }
 
-    fn take(&mut self, input: Input) -> Event {
-        match input {
+    async fn take(&mut self, input: Input, now: Duration) {
+        let event = match input {
             Input::Hello(stream, joining, outbound) => {
                 self.streams.insert(stream, outbound);
                 Event::Hello(stream, joining)
@@ -118,10 +123,32 @@ impl<S: Store> Shell<S> {
                 }
                 event
             }
-        }
+            Input::Status(answer) => {
+                // Whoever asked may have gone.
+                let _ = answer.send(admin::status(&self.state, self.ledger.term(), now));
+                return;
+            }
+            Input::Command(event, answer) => {
+                let _ = answer.send(self.command(event, now).await);
+                return;
+            }
+        };
+        let actions = decide(&mut self.state, event, now);
+        self.carry_out(actions).await;
     }
 
-    async fn carry_out(&mut self, actions: Vec<Action>) {
+    async fn command(&mut self, event: Event, now: Duration) -> Result<u64, Status> {
+        admin::check(&self.state, &event)?;
+        let model = if let Event::SetPolicy(model, _) = &event { model.clone() } else { String::new() };
+        let actions = decide(&mut self.state, event, now);
+        if !self.carry_out(actions).await {
+            return Err(not_stored());
+        }
+        Ok(self.state.settings().get(&model).map_or(0, |settings| settings.revision))
+    }
+
+    /// Whether everything was stored.
+    async fn carry_out(&mut self, actions: Vec<Action>) -> bool {
         let mut stored = true;
         for action in actions {
             match action {
@@ -132,24 +159,32 @@ impl<S: Store> Shell<S> {
                     }
                 }
                 // An epoch that is not stored could be handed out twice.
-                Action::Assign { stream, .. } if !stored => {
-                    self.close(stream, unavailable("the store takes no writes"))
-                }
+                Action::Assign { stream, .. } if !stored => self.close(stream, Some(not_stored())),
                 Action::Assign { stream, group_id, epoch } => self.assign(stream, group_id, epoch),
                 Action::Close(stream, ending) => self.close(stream, ended(ending)),
-                Action::PublishRoutes { revision, routes } => {
+                Action::TellToDrain(stream) => self.answer(stream, JoinResponse { drain: true, ..self.empty() }),
+                Action::PublishRoutes { revision, routes, settings } => {
                     tracing::debug!(revision, routes = routes.len(), "routes");
-                    let table = WatchRoutesResponse { term: self.ledger.term(), revision, routes };
+                    let policies = admin::policies(&settings);
+                    let table = WatchRoutesResponse { term: self.ledger.term(), revision, routes, policies };
                     self.routes.send_replace(Some(Arc::new(table)));
                 }
             }
         }
+        stored
+    }
+
+    fn empty(&self) -> JoinResponse {
+        JoinResponse { term: self.ledger.term(), ..JoinResponse::default() }
     }
 
     fn assign(&mut self, stream: StreamId, group_id: String, epoch: u64) {
         tracing::info!(group_id, epoch, "assigns");
         let assignment = Some(Assignment { group_id, epoch });
-        let answer = JoinResponse { term: self.ledger.term(), assignment };
+        self.answer(stream, JoinResponse { assignment, ..self.empty() });
+    }
+
+    fn answer(&mut self, stream: StreamId, answer: JoinResponse) {
         if let Some(outbound) = self.streams.get(&stream)
             && outbound.answers.try_send(Ok(answer)).is_err()
         {
@@ -178,6 +213,10 @@ fn ended(ending: Ending) -> Option<Status> {
             Some(rich::retryable(Code::ResourceExhausted, "TOO_MANY_MEMBERS", "the controller is full", RETRY_AFTER))
         }
     }
+}
+
+fn not_stored() -> Status {
+    rich::retryable(Code::Unavailable, "STORE_UNAVAILABLE", "the store takes no writes", RETRY_AFTER)
 }
 
 fn unavailable(why: &str) -> Option<Status> {

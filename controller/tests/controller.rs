@@ -61,7 +61,7 @@ struct Member {
 
 fn hello(worker: &str) -> Hello {
     let model = ModelDescriptor { name: "tiny".into(), ..Default::default() };
-    Hello { worker_id: worker.into(), endpoint: format!("{worker}:7000"), model: Some(model), epoch: 0 }
+    Hello { worker_id: worker.into(), endpoint: format!("{worker}:7000"), model: Some(model), ..Hello::default() }
 }
 
 async fn open(controller: &Controller) -> (mpsc::Sender<JoinRequest>, Streaming<JoinResponse>) {
@@ -73,7 +73,7 @@ async fn open(controller: &Controller) -> (mpsc::Sender<JoinRequest>, Streaming<
 async fn join(controller: &Controller, worker: &str) -> Member {
     let (out, mut answers) = open(controller).await;
     out.send(JoinRequest { message: Some(Message::Hello(hello(worker))) }).await.unwrap();
-    let JoinResponse { term, assignment } = next(&mut answers).await.unwrap().unwrap();
+    let JoinResponse { term, assignment, .. } = next(&mut answers).await.unwrap().unwrap();
     Member { out, answers, epoch: assignment.unwrap().epoch, term }
 }
 

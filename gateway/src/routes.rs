@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tonic::{Code, Status};
 use unmask_proto::rich::{self, Violation};
-use unmask_proto::v1::{self, ModelDescriptor, WatchRoutesResponse};
+use unmask_proto::v1::{self, ModelDescriptor, ModelPolicy, WatchRoutesResponse};
 
 /// Most routes that are taken from a table.
 const ROUTES_MAX: usize = 4096;
@@ -59,6 +59,8 @@ impl Drop for Lease {
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     pub routes: Vec<Arc<Route>>,
+    /// Settings of requests that name none, by model.
+    policies: HashMap<String, ModelPolicy>,
     /// Models that have or had a ready group.
     known: BTreeSet<String>,
 }
@@ -72,7 +74,13 @@ impl Table {
         let room = KNOWN_MODELS_MAX.saturating_sub(known.len());
         let earlier: Vec<_> = self.known.difference(&known).take(room).cloned().collect();
         known.extend(earlier);
-        Table { routes, known }
+        let policies = table.policies.into_iter().map(|policy| (policy.model.clone(), policy)).collect();
+        Table { routes, policies, known }
+    }
+
+    /// The controller's settings for a model; `None` leaves it to the model.
+    pub(crate) fn policy(&self, model: &str) -> Option<&ModelPolicy> {
+        self.policies.get(model)
     }
 
     /// Ready models by name, with their number of groups.
@@ -197,7 +205,7 @@ mod tests {
     }
 
     fn table(routes: Vec<v1::Route>) -> WatchRoutesResponse {
-        WatchRoutesResponse { term: 1, revision: 1, routes }
+        WatchRoutesResponse { term: 1, revision: 1, routes, policies: Vec::new() }
     }
 
     #[test]

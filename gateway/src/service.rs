@@ -58,8 +58,10 @@ impl InferenceService for Service {
             return Err(stopping());
         }
         let request = request.into_inner();
-        let route = self.upstream.routes.table().model(&request.model)?;
-        let valid = validate(request, &route.model, rand::random()).map_err(|found| rich::invalid(&found))?;
+        let table = self.upstream.routes.table();
+        let route = table.model(&request.model)?;
+        let chosen = table.policy(&route.model.name);
+        let valid = validate(request, &route.model, chosen, rand::random()).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let (valid, prompt) = self.encode(valid, &tokenizer, &route).await?;
         let settings = settings::fit(&valid, &route.model, prompt.len()).map_err(|found| rich::invalid(&[found]))?;

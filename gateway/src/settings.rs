@@ -1,9 +1,10 @@
-//! Settings of a request: what it says, else what its model says, else the gateway's; each with its origin.
+//! Settings of a request: what it says, else what the controller's policy for its model says, else what its model says, else
+//! the gateway's; each with its origin.
 
 use crate::validate::{Resumed, Valid};
 use unmask_proto::rich::Violation;
 use unmask_proto::v1::policy::{Autoregressive, Fixed, Kind, Threshold};
-use unmask_proto::v1::{Decoding, Defaults, ModelDescriptor, Policy, ResolvedSettings};
+use unmask_proto::v1::{Decoding, Defaults, ModelDescriptor, ModelPolicy, Policy, ResolvedSettings};
 
 /// Generated tokens, where neither request nor model says (tokens).
 const MAX_TOKENS: u32 = 256;
@@ -13,16 +14,29 @@ const TAU: f32 = 0.9;
 const SEED_BITS: u32 = 53;
 
 /// Resolves everything but `max_tokens`, which needs the prompt's length: see [`fit`].
-pub(crate) fn resolve(decoding: &Decoding, model: &ModelDescriptor, seed: u64) -> ResolvedSettings {
+pub(crate) fn resolve(
+    decoding: &Decoding,
+    model: &ModelDescriptor,
+    chosen: Option<&ModelPolicy>,
+    seed: u64,
+) -> ResolvedSettings {
     let defaults = model.defaults.unwrap_or_default();
+    // A policy is for both: it was chosen for the two together.
+    let chosen = chosen.filter(|_| decoding.policy.is_none() && decoding.block_size.is_none());
     let mut settings = ResolvedSettings::default();
     let mut origin = |name: &str, from: &str| {
         settings.origins.insert(name.to_owned(), from.to_owned());
     };
-    let (policy, policy_from) = policy(decoding, &defaults, model);
+    let (policy, policy_from, block_size, block_from) = match chosen {
+        Some(ModelPolicy { block_size, policy: Some(policy), .. }) => (*policy, "policy", *block_size, "policy"),
+        _ => {
+            let (policy, from) = policy(decoding, &defaults, model);
+            let (block_size, block_from) = block_size(decoding, &defaults, model, &policy);
+            (policy, from, block_size, block_from)
+        }
+    };
     origin("policy", policy_from);
-    let (block_size, from) = block_size(decoding, &defaults, model, &policy);
-    origin("block_size", from);
+    origin("block_size", block_from);
     let mut pick = |name: &str, said: bool, default: &'static str| {
         origin(name, if said { "request" } else { default });
     };
@@ -46,6 +60,7 @@ pub(crate) fn resolve(decoding: &Decoding, model: &ModelDescriptor, seed: u64) -
         stop_token_ids: decoding.stop_token_ids.clone(),
         time_limit_ms: decoding.time_limit_ms.unwrap_or(0),
         nfe_cap: decoding.nfe_cap.unwrap_or(0),
+        policy_revision: chosen.map_or(0, |chosen| chosen.revision),
         ..settings
     }
 }

@@ -5,7 +5,8 @@ use unmask_proto::rich::Violation;
 use unmask_proto::v1::generate_request::Input as RawInput;
 use unmask_proto::v1::policy::{EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, Threshold};
 use unmask_proto::v1::{
-    Capabilities, ChatMessages, Decoding, GenerateRequest, ModelDescriptor, Order, ResolvedSettings, Resume,
+    Capabilities, ChatMessages, Decoding, GenerateRequest, ModelDescriptor, ModelPolicy, Order, ResolvedSettings,
+    Resume,
 };
 use unmask_text::Message;
 
@@ -89,11 +90,16 @@ impl Found {
     }
 }
 
-/// Checks a request against its model. `seed` is taken when the request gives none.
+/// Checks a request against its model. The controller's policy `chosen` and `seed` are taken where the request gives none.
 ///
 /// # Errors
 /// Every violation at once.
-pub(crate) fn validate(request: GenerateRequest, model: &ModelDescriptor, seed: u64) -> Result<Valid, Vec<Violation>> {
+pub(crate) fn validate(
+    request: GenerateRequest,
+    model: &ModelDescriptor,
+    chosen: Option<&ModelPolicy>,
+    seed: u64,
+) -> Result<Valid, Vec<Violation>> {
     let mut found = Found::default();
     let capabilities = model.capabilities.unwrap_or_default();
     let input = input(request.input, request.suffix.is_some(), model, &capabilities, &mut found);
@@ -120,7 +126,7 @@ pub(crate) fn validate(request: GenerateRequest, model: &ModelDescriptor, seed: 
         }
         None => {
             check_said(&decoding, &mut found);
-            let settings = settings::resolve(&decoding, model, seed);
+            let settings = settings::resolve(&decoding, model, chosen, seed);
             check_settings(&settings, "decoding", model, &capabilities, &mut found);
             (settings, None)
         }

@@ -11,6 +11,9 @@ use unmask_proto::v1::{Capabilities, Defaults, FetchTokenizerResponse, InfillTok
 /// Largest file of a tokenizer (bytes).
 const FILE_BYTES_MAX: u64 = 64 << 20;
 
+/// Largest quality.json (bytes).
+const QUALITY_BYTES_MAX: u64 = 256 << 10;
+
 /// Why a model's tokenizer files cannot be served.
 #[derive(Debug, Error)]
 pub enum TokenizerFilesError {
@@ -158,6 +161,13 @@ pub(crate) fn describe(model: &Model, tokenizer: &TokenizerFiles) -> ModelDescri
         parameters: model.parameters(),
         dtype: model.dtype().name().to_owned(),
     }
+}
+
+/// Measured quality of the model, as its folder has it; empty when there is none, or too much.
+pub(crate) fn quality(folder: &Path) -> String {
+    let path = folder.join("quality.json");
+    let small = path.metadata().is_ok_and(|meta| meta.len() <= QUALITY_BYTES_MAX);
+    if small { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() }
 }
 
 #[cfg(test)]

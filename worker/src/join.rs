@@ -44,6 +44,8 @@ pub(crate) struct Joiner {
     pub worker_id: String,
     pub endpoint: String,
     pub model: ModelDescriptor,
+    pub profile_json: String,
+    pub quality_json: String,
     pub membership: Arc<Membership>,
     pub runner: Handle,
 }
@@ -138,6 +140,8 @@ impl Joiner {
             endpoint: self.endpoint.clone(),
             model: Some(self.model.clone()),
             epoch: self.membership.epoch(),
+            profile_json: self.profile_json.clone(),
+            quality_json: self.quality_json.clone(),
         };
         send(&out, Message::Hello(hello))?;
         let answers = ControllerServiceClient::new(channel).join(ReceiverStream::new(requests)).await?.into_inner();
@@ -151,6 +155,10 @@ impl Joiner {
             return Err(rich::status(Code::FailedPrecondition, "STALE_TERM", message));
         }
         *highest_term = answer.term;
+        if answer.drain {
+            tracing::info!(term = answer.term, "told to drain");
+            self.membership.drain();
+        }
         let Some(assignment) = answer.assignment else { return Ok(ControlFlow::Break(())) };
         if !self.membership.raise_epoch(assignment.epoch) {
             let message = format!("epoch {} is below {}", assignment.epoch, self.membership.epoch());

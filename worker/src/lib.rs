@@ -31,7 +31,7 @@ pub use descriptor::TokenizerFilesError;
 use crate::descriptor::TokenizerFiles;
 use crate::group::Formed;
 use crate::join::Joiner;
-use crate::membership::Membership;
+use crate::membership::{Membership, Readiness};
 use crate::runner::{Handle, Patience};
 use crate::service::Service;
 use std::future::Future;
@@ -47,6 +47,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use unmask_engine::group::CommError;
 use unmask_engine::pages::Pages;
+use unmask_engine::profile::Profile;
 use unmask_engine::request::BLOCK_SIZE_MAX;
 use unmask_engine::{Engine, Event, Limits, LoadError, Model, Request, RequestId, Settings};
 use unmask_proto::v1::worker_service_server::WorkerServiceServer;
@@ -103,7 +104,7 @@ pub enum WorkerError {
     Panicked(#[from] tokio::task::JoinError),
 }
 
-/// Loads the model, serves and reports until `shutdown` completes, then drains: it leaves the controller, refuses
+/// Loads the model, serves and reports until `shutdown` completes or the controller wants it to, then drains: it leaves the controller, refuses
 /// what is new, finishes what it holds up to the drain limit, and ends the rest with UNAVAILABLE.
 ///
 /// # Errors
@@ -116,7 +117,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         let config = config.clone();
         move || load(&config)
     });
-    let Loaded { model, tokenizer, runner, engine_thread, followers } = tokio::select! {
+    let Loaded { model, tokenizer, profile, runner, engine_thread, followers } = tokio::select! {
         loaded = loading => loaded??,
         () = &mut shutdown => return Ok(()),
     };
@@ -127,6 +128,8 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         worker_id: config.worker_id.clone().unwrap_or_else(|| endpoint.clone()),
         endpoint,
         model: descriptor::describe(&model, &tokenizer),
+        profile_json: profile.and_then(|profile| serde_json::to_string(&profile).ok()).unwrap_or_default(),
+        quality_json: descriptor::quality(&config.model),
         membership: Arc::clone(&membership),
         runner: runner.clone(),
     };
@@ -141,9 +144,11 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         open: open.clone(),
     };
     let mut failure = runner.watch_failure();
+    let mut readiness = membership.watch();
     let over = async {
         tokio::select! {
             () = &mut shutdown => {}
+            _ = readiness.wait_for(|readiness| *readiness == Readiness::Draining) => {}
             _ = failure.wait_for(Option::is_some) => {}
         }
     };
@@ -222,6 +227,7 @@ async fn serve(
 struct Loaded {
     model: Arc<Model>,
     tokenizer: TokenizerFiles,
+    profile: Option<Profile>,
     runner: Handle,
     engine_thread: JoinHandle<()>,
     followers: Vec<JoinHandle<()>>,
@@ -235,9 +241,8 @@ fn load(config: &Config) -> Result<Loaded, WorkerError> {
     let limits = limits(config, &model);
     canary(&mut engine).map_err(WorkerError::Canary)?;
     // Before anything is served: requests would make the steps slow, and the steps the requests.
-    if let Some(dir) = config.profile_dir.as_ref().filter(|_| engine.ranks() == 1) {
-        profile::obtain(&model, dir);
-    }
+    let alone = config.profile_dir.as_ref().filter(|_| engine.ranks() == 1);
+    let profile = alone.map(|dir| profile::obtain(&model, dir));
     tracing::info!(
         model = model.config().name,
         parameters = model.parameters(),
@@ -247,7 +252,7 @@ fn load(config: &Config) -> Result<Loaded, WorkerError> {
     );
     let patience = Patience { preempt: config.preempt_limit, give_up: config.stall_limit };
     let (runner, engine_thread) = runner::start(engine, limits, patience).map_err(no_thread)?;
-    Ok(Loaded { model, tokenizer, runner, engine_thread, followers })
+    Ok(Loaded { model, tokenizer, profile, runner, engine_thread, followers })
 }
 
 fn no_thread(source: io::Error) -> WorkerError {

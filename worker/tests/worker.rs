@@ -89,7 +89,7 @@ impl Controller {
 impl Joined {
     async fn assign(&self, term: u64, epoch: u64) {
         let assignment = Some(Assignment { group_id: "g".into(), epoch });
-        self.answers.send(Ok(JoinResponse { term, assignment })).await.unwrap();
+        self.answers.send(Ok(JoinResponse { term, assignment, drain: false })).await.unwrap();
     }
 
     async fn until(&mut self, wanted: impl Fn(&Message) -> bool) -> Message {

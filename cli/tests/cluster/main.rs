@@ -266,6 +266,69 @@ async fn streams_wait_for_a_group_when_all_are_gone() {
     assert_eq!(ended, begun.load(Ordering::Relaxed));
 }
 
+/// `unmask` with a cluster's controller; what it printed.
+fn unmask(cluster: &Cluster, arguments: &[&str]) -> String {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_unmask"))
+        .args(arguments)
+        .args(["--controller", &cluster.controllers[0].address])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_worker_leaves_and_no_stream_notices() {
+    let mut cluster = Cluster::start(1, 2).await;
+    let load = Load::start(&cluster).await;
+    load.progress(STREAMS).await;
+    let first = cluster.workers[0].address.clone();
+    assert!(unmask(&cluster, &["status"]).contains(&first));
+    unmask(&cluster, &["drain", &first]);
+    cluster.serving(0, 1).await;
+    load.progress(STREAMS).await;
+    cluster.workers.remove(0).ended();
+    let status: serde_json::Value = serde_json::from_str(&unmask(&cluster, &["status", "--json"])).unwrap();
+    let left: Vec<_> = status["members"].as_array().unwrap().iter().map(|member| &member["endpoint"]).collect();
+    assert_eq!(left, [&cluster.workers[0].address]);
+    let outcome = load.end("a worker drained").await;
+    assert_eq!(outcome.continued, 0, "a drained worker finishes what it holds");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_holds_for_requests_that_name_no_settings() {
+    let cluster = Cluster::start(1, 1).await;
+    let model = "sdar";
+    let settings = async |asked: GenerateRequest| {
+        let mut events = Resuming::through(&cluster.endpoints(), asked).unwrap();
+        let Event::Started(started) = events.next().await.unwrap() else { panic!("Started comes first") };
+        started.settings.unwrap()
+    };
+    let bare = || GenerateRequest { input: request(0).input, ..GenerateRequest::default() };
+    let before = settings(bare()).await;
+    assert_eq!((before.policy_revision, before.origins["block_size"].as_str()), (0, "model"));
+    assert!(unmask(&cluster, &["policy", "get"]).contains("every model has its own settings"));
+    let fixed = ["policy", "set", "--model", model, "--threshold", "0.5", "--block-size"];
+    unmask(&cluster, &[&fixed[..], &["4"]].concat());
+    // The table reaches the gateway on its own time.
+    let applied = async {
+        loop {
+            let now = settings(bare()).await;
+            if now.policy_revision > 0 {
+                return now;
+            }
+        }
+    };
+    let now = tokio::time::timeout(LIMIT, applied).await.unwrap();
+    assert_eq!((now.block_size, now.origins["policy"].as_str()), (4, "policy"));
+    let own = settings(request(0)).await;
+    assert_eq!(own.policy_revision, now.policy_revision, "a request that names only a temperature follows it too");
+    let automatic = ["policy", "set", "--model", model, "--automatic", "--latency-ms", "20"];
+    unmask(&cluster, &automatic);
+    let said = unmask(&cluster, &["policy", "get"]);
+    assert!(said.contains("automatic, a block within 20 ms"), "{said}");
+}
+
 /// Both controllers' turn: whoever leads is killed or paused, and no stream notices.
 #[cfg(feature = "etcd")]
 #[tokio::test(flavor = "multi_thread")]

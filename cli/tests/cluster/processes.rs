@@ -58,6 +58,19 @@ impl Process {
         assert!(Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap().success());
     }
 
+    /// Waits until it has ended well by itself.
+    pub fn ended(mut self) {
+        let begin = std::time::Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                assert!(status.success(), "{status}");
+                return;
+            }
+            assert!(begin.elapsed() < LIMIT, "the process ends");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// SIGKILL, and waits until it is gone.
     pub fn kill(mut self) -> String {
         let _ = self.child.kill();

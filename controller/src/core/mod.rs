@@ -5,17 +5,22 @@
 //! over, keeps its epoch, and with it its place in the routes that gateways know. A table of routes holds the workers that are ready in their
 //! current epoch and were heard of within the time-to-live.
 
+pub mod settings;
 mod state;
 #[cfg(test)]
 mod tests;
 
-pub use state::{Member, State};
+pub use state::{Measured, Member, State};
 
+use settings::{Intent, Settings};
+use std::sync::Arc;
 use std::time::Duration;
 use unmask_proto::v1::{ModelDescriptor, Route};
 
 /// Most members.
 pub const MEMBERS_MAX: usize = 1024;
+/// Most models with settings of their own.
+pub const MODELS_MAX: usize = 1024;
 
 /// One Join stream. Numbers are never used twice while a controller runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,6 +37,8 @@ pub struct Joining {
     pub model: ModelDescriptor,
     /// Highest epoch it has seen.
     pub epoch: u64,
+    /// Its step times and the model's quality, where it has both.
+    pub measured: Option<Arc<Measured>>,
 }
 
 /// Where a worker stands.
@@ -54,6 +61,8 @@ pub struct Heartbeat {
     pub readiness: Readiness,
     /// Rows of admitted work not yet done.
     pub outstanding_rows: u64,
+    /// Requests that are served or wait.
+    pub requests: u32,
 }
 
 /// What happened.
@@ -67,6 +76,10 @@ pub enum Event {
     Leave(StreamId),
     /// The stream broke off; its worker may come back.
     StreamClosed(StreamId),
+    /// A worker is to finish what it holds and leave.
+    Drain(String),
+    /// The settings of a model are to come about otherwise.
+    SetPolicy(String, Intent),
     /// Time passed.
     Tick,
 }
@@ -94,7 +107,7 @@ pub struct Group {
 }
 
 /// A fact the store keeps.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Fact {
     /// No epoch up to this one may be handed out again.
     EpochFloor(u64),
@@ -109,6 +122,15 @@ pub enum Fact {
     NoGroup {
         /// The worker.
         worker_id: String,
+    },
+    /// How the settings of a model come about.
+    Settings {
+        /// The model.
+        model: String,
+        /// What was asked for.
+        intent: Intent,
+        /// Of its last change.
+        revision: u64,
     },
 }
 
@@ -126,6 +148,8 @@ pub enum Action {
         /// The group's epoch.
         epoch: u64,
     },
+    /// Tell a worker to drain.
+    TellToDrain(StreamId),
     /// End a stream.
     Close(StreamId, Ending),
     /// Publish the whole table.
@@ -134,6 +158,8 @@ pub enum Action {
         revision: u64,
         /// In order of group id.
         routes: Vec<Route>,
+        /// Of all models that were asked about.
+        settings: Settings,
     },
 }
 
@@ -146,8 +172,11 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         Event::Report(stream, heartbeat) => state.report(stream, heartbeat, now, &mut actions),
         Event::Leave(stream) => state.leave(stream, &mut actions),
         Event::StreamClosed(stream) => state.stream_closed(stream),
+        Event::Drain(worker_id) => state.drain(&worker_id, &mut actions),
+        Event::SetPolicy(model, intent) => state.set_policy(model, intent, &mut actions),
         Event::Tick => {
             state.expire(now, &mut actions);
+            state.follow_load(&mut actions);
             // Loads change with every heartbeat; publishing them once a tick keeps the tables few.
             loads = true;
         }

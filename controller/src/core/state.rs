@@ -1,9 +1,21 @@
 //! Members, epochs and the table last published.
 
-use super::{Action, Ending, Fact, Group, Heartbeat, Joining, MEMBERS_MAX, Readiness, StreamId};
+use super::settings::{Intent, Settings};
+use super::{Action, Ending, Fact, Group, Heartbeat, Joining, MEMBERS_MAX, MODELS_MAX, Readiness, StreamId};
+use crate::policy::{Profile, Quality};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 use unmask_proto::v1::{ModelDescriptor, Route};
+
+/// What was measured of a model on a worker.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measured {
+    /// Step times.
+    pub profile: Profile,
+    /// Quality by way to decode.
+    pub quality: Quality,
+}
 
 /// A worker that has joined.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,10 +30,14 @@ pub struct Member {
     pub endpoint: String,
     /// What it holds.
     pub model: ModelDescriptor,
+    /// What was measured of it.
+    pub measured: Option<Arc<Measured>>,
     /// As last reported in the current epoch.
     pub readiness: Readiness,
     /// As last reported (rows).
     pub outstanding_rows: u64,
+    /// As last reported: served or waiting.
+    pub requests: u32,
     /// When it was last heard of.
     pub heard: Duration,
 }
@@ -34,14 +50,15 @@ pub struct State {
     members: BTreeMap<String, Member>,
     /// Groups of an earlier run, by worker, that have not come back yet.
     missing: BTreeMap<String, Group>,
+    settings: Settings,
     revision: u64,
-    published: Option<Vec<Route>>,
+    published: Option<(Vec<Route>, Settings)>,
 }
 
 impl State {
     /// The state at a start: what the store holds, and nobody heard of yet.
-    pub fn new(ttl: Duration, epoch_floor: u64, groups: BTreeMap<String, Group>) -> Self {
-        Self { ttl, epoch_floor, members: BTreeMap::new(), missing: groups, revision: 0, published: None }
+    pub fn new(ttl: Duration, epoch_floor: u64, groups: BTreeMap<String, Group>, settings: Settings) -> Self {
+        Self { ttl, epoch_floor, members: BTreeMap::new(), missing: groups, settings, revision: 0, published: None }
     }
 
     /// No epoch up to this one is handed out again.
@@ -52,6 +69,33 @@ impl State {
     /// Members by worker id.
     pub fn members(&self) -> &BTreeMap<String, Member> {
         &self.members
+    }
+
+    /// Settings by model.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Of the table last published.
+    pub fn routes_revision(&self) -> u64 {
+        self.revision
+    }
+
+    pub(super) fn drain(&self, worker_id: &str, actions: &mut Vec<Action>) {
+        actions.extend(self.members.get(worker_id).and_then(|member| member.stream).map(Action::TellToDrain));
+    }
+
+    pub(super) fn set_policy(&mut self, model: String, intent: Intent, actions: &mut Vec<Action>) {
+        if self.settings.len() < MODELS_MAX || self.settings.contains_key(&model) {
+            actions.push(self.settings.entry(model.clone()).or_default().set(&model, intent));
+        }
+    }
+
+    pub(super) fn follow_load(&mut self, actions: &mut Vec<Action>) {
+        for (model, settings) in &mut self.settings {
+            let members: Vec<_> = self.members.values().filter(|member| member.model.name == *model).collect();
+            actions.extend(settings.follow(model, &members));
+        }
     }
 
     fn by_stream(&mut self, stream: StreamId) -> Option<(&String, &mut Member)> {
@@ -98,9 +142,11 @@ impl State {
             epoch: group.epoch,
             endpoint: joining.endpoint,
             model: joining.model,
+            measured: joining.measured,
             // A process that is back stands where it stood until it says otherwise.
             readiness: earlier.as_ref().map_or(Readiness::Loading, |member| member.readiness),
-            outstanding_rows: earlier.map_or(0, |member| member.outstanding_rows),
+            outstanding_rows: earlier.as_ref().map_or(0, |member| member.outstanding_rows),
+            requests: earlier.map_or(0, |member| member.requests),
             heard: now,
         };
         self.members.insert(joining.worker_id, member);
@@ -129,7 +175,7 @@ impl State {
             actions.push(Action::Assign { stream, group_id, epoch });
             return;
         }
-        member.outstanding_rows = beat.outstanding_rows;
+        (member.outstanding_rows, member.requests) = (beat.outstanding_rows, beat.requests);
         // A report of an earlier epoch says that the worker lives, not that it serves in this one.
         if beat.epoch == member.epoch {
             member.readiness = beat.readiness;
@@ -192,13 +238,16 @@ impl State {
         let routes = self.routes();
         let changed = match &self.published {
             None => true,
-            Some(published) if loads => *published != routes,
-            Some(published) => !same_but_for_loads(published, &routes),
+            Some((published, _)) if loads && *published != routes => true,
+            Some((published, settings)) => {
+                !same_but_for_loads(published, &routes) || !same_in_force(settings, &self.settings)
+            }
         };
         if changed {
             self.revision += 1;
-            self.published = Some(routes.clone());
-            actions.push(Action::PublishRoutes { revision: self.revision, routes });
+            let settings = self.settings.clone();
+            self.published = Some((routes.clone(), settings.clone()));
+            actions.push(Action::PublishRoutes { revision: self.revision, routes, settings });
         }
     }
 
@@ -230,4 +279,12 @@ fn same_but_for_loads(a: &[Route], b: &[Route]) -> bool {
             && a.descriptor == b.descriptor
     };
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b))
+}
+
+fn same_in_force(a: &Settings, b: &Settings) -> bool {
+    let same = |((name, a), (other, b)): ((&String, &_), (&String, &_))| {
+        let (a, b): (&super::settings::ModelSettings, &super::settings::ModelSettings) = (a, b);
+        name == other && a.revision == b.revision && a.current == b.current
+    };
+    a.len() == b.len() && a.iter().zip(b).all(same)
 }

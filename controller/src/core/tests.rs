@@ -1,4 +1,5 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
+use super::settings::{Intent, Setting, Settings};
 use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -11,11 +12,11 @@ fn at(seconds: u64) -> Duration {
 
 fn joining(worker: &str, epoch: u64) -> Box<Joining> {
     let model = ModelDescriptor { name: "m".into(), ..Default::default() };
-    Box::new(Joining { worker_id: worker.into(), endpoint: format!("{worker}:1"), model, epoch })
+    Box::new(Joining { worker_id: worker.into(), endpoint: format!("{worker}:1"), model, epoch, measured: None })
 }
 
 fn beat(epoch: u64, readiness: Readiness, outstanding_rows: u64) -> Heartbeat {
-    Heartbeat { epoch, readiness, outstanding_rows }
+    Heartbeat { epoch, readiness, outstanding_rows, requests: 1 }
 }
 
 fn epoch_of(actions: &[Action]) -> u64 {
@@ -42,7 +43,7 @@ fn join(state: &mut State, stream: u64, worker: &str, now: Duration) -> u64 {
 
 #[test]
 fn the_epoch_is_stored_before_it_is_assigned_and_only_ready_workers_are_routed() {
-    let mut state = State::new(TTL, 41, BTreeMap::new());
+    let mut state = State::new(TTL, 41, BTreeMap::new(), Settings::new());
     let actions = decide(&mut state, Event::Hello(StreamId(1), joining("a", 0)), at(0));
     let stored = actions.iter().position(|a| *a == Action::Persist(Fact::EpochFloor(42))).unwrap();
     let assigned = actions.iter().position(|a| matches!(a, Action::Assign { epoch: 42, .. })).unwrap();
@@ -60,7 +61,7 @@ fn the_epoch_is_stored_before_it_is_assigned_and_only_ready_workers_are_routed()
 
 #[test]
 fn a_silent_worker_leaves_the_routes_after_the_time_to_live_and_not_before() {
-    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     join(&mut state, 1, "a", at(0));
     decide(&mut state, Event::StreamClosed(StreamId(1)), at(1));
     assert_eq!(table(&decide(&mut state, Event::Tick, at(4))), None);
@@ -71,7 +72,7 @@ fn a_silent_worker_leaves_the_routes_after_the_time_to_live_and_not_before() {
 
 #[test]
 fn a_leaving_worker_goes_at_once() {
-    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     join(&mut state, 1, "a", at(0));
     let actions = decide(&mut state, Event::Leave(StreamId(1)), at(1));
     assert_eq!(table(&actions), Some(vec![]));
@@ -80,7 +81,7 @@ fn a_leaving_worker_goes_at_once() {
 
 #[test]
 fn joining_again_raises_the_epoch_above_what_the_worker_saw_and_ends_the_old_stream() {
-    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     let first = join(&mut state, 1, "a", at(0));
     let actions = decide(&mut state, Event::Hello(StreamId(2), joining("a", 90)), at(1));
     assert!(first < 90 && epoch_of(&actions) == 91);
@@ -95,13 +96,13 @@ fn joining_again_raises_the_epoch_above_what_the_worker_saw_and_ends_the_old_str
 
 #[test]
 fn a_process_that_is_back_keeps_its_epoch_and_its_route() {
-    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     let epoch = join(&mut state, 1, "a", at(0));
     decide(&mut state, Event::StreamClosed(StreamId(1)), at(1));
     let actions = decide(&mut state, Event::Hello(StreamId(2), joining("a", epoch)), at(2));
     assert_eq!(actions, [Action::Assign { stream: StreamId(2), group_id: "group-a".into(), epoch }]);
     // So it does with a controller that took over, which knows its group from the store.
-    let mut state = State::new(TTL, epoch, BTreeMap::from([("a".to_owned(), stored("a", epoch))]));
+    let mut state = State::new(TTL, epoch, BTreeMap::from([("a".to_owned(), stored("a", epoch))]), Settings::new());
     assert_eq!(epoch_of(&decide(&mut state, Event::Hello(StreamId(1), joining("a", epoch)), at(0))), epoch);
     let ready = decide(&mut state, Event::Report(StreamId(1), beat(epoch, Readiness::Ready, 0)), at(0));
     assert_eq!(table(&ready), Some(vec![("group-a".into(), epoch)]));
@@ -113,7 +114,7 @@ fn a_process_that_is_back_keeps_its_epoch_and_its_route() {
 
 #[test]
 fn a_worker_at_the_endpoint_of_another_takes_its_place() {
-    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     join(&mut state, 1, "a", at(0));
     let newcomer = Box::new(Joining { endpoint: "a:1".into(), ..*joining("b", 0) });
     let actions = decide(&mut state, Event::Hello(StreamId(2), newcomer), at(0));
@@ -123,7 +124,7 @@ fn a_worker_at_the_endpoint_of_another_takes_its_place() {
 
 #[test]
 fn a_report_above_the_floor_moves_the_floor_above_it() {
-    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     join(&mut state, 1, "a", at(0));
     let actions = decide(&mut state, Event::Report(StreamId(1), beat(500, Readiness::Ready, 0)), at(0));
     assert_eq!(epoch_of(&actions), 501);
@@ -133,7 +134,7 @@ fn a_report_above_the_floor_moves_the_floor_above_it() {
 #[test]
 fn after_a_start_no_table_is_published_before_the_groups_are_back_or_grace_is_over() {
     let groups: BTreeMap<String, Group> = ["a", "b"].map(|id| (id.to_owned(), stored(id, 7))).into();
-    let mut state = State::new(TTL, 7, groups.clone());
+    let mut state = State::new(TTL, 7, groups.clone(), Settings::new());
     assert_eq!(table(&decide(&mut state, Event::Tick, at(0))), None);
     let epoch = join(&mut state, 1, "a", at(1));
     assert_eq!(table(&decide(&mut state, Event::Tick, at(2))), None);
@@ -142,7 +143,7 @@ fn after_a_start_no_table_is_published_before_the_groups_are_back_or_grace_is_ov
     let actions = decide(&mut state, Event::Report(StreamId(2), beat(second, Readiness::Ready, 0)), at(2));
     assert_eq!(table(&actions), Some(vec![("group-a".into(), epoch), ("group-b".into(), second)]));
     // Never back: grace ends.
-    let mut state = State::new(TTL, 7, groups);
+    let mut state = State::new(TTL, 7, groups, Settings::new());
     let epoch = join(&mut state, 1, "a", at(1));
     let actions = decide(&mut state, Event::Tick, at(5));
     assert_eq!(table(&actions), Some(vec![("group-a".into(), epoch)]));
@@ -151,7 +152,7 @@ fn after_a_start_no_table_is_published_before_the_groups_are_back_or_grace_is_ov
 
 #[test]
 fn loads_are_published_with_ticks_only() {
-    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     let epoch = join(&mut state, 1, "a", at(0));
     let report = Event::Report(StreamId(1), beat(epoch, Readiness::Ready, 9));
     assert_eq!(table(&decide(&mut state, report, at(1))), None);
@@ -161,8 +162,26 @@ fn loads_are_published_with_ticks_only() {
 }
 
 #[test]
+fn settings_are_stored_published_and_drains_told() {
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
+    join(&mut state, 1, "a", at(0));
+    let intent = Intent::Fixed(Setting { block_size: 8, threshold: Some(0.9) });
+    let actions = decide(&mut state, Event::SetPolicy("m".into(), intent), at(0));
+    assert!(actions.contains(&Action::Persist(Fact::Settings { model: "m".into(), intent, revision: 1 })));
+    let published = |actions: &[Action]| match actions.last() {
+        Some(Action::PublishRoutes { settings, .. }) => settings["m"].current,
+        _ => panic!("{actions:?}"),
+    };
+    assert_eq!(published(&actions), Some(Setting { block_size: 8, threshold: Some(0.9) }));
+    let actions = decide(&mut state, Event::SetPolicy("m".into(), Intent::ModelDefaults), at(0));
+    assert_eq!(published(&actions), None);
+    assert_eq!(decide(&mut state, Event::Drain("a".into()), at(0)), [Action::TellToDrain(StreamId(1))]);
+    assert_eq!(decide(&mut state, Event::Drain("b".into()), at(0)), []);
+}
+
+#[test]
 fn members_are_bounded() {
-    let mut state = State::new(TTL, 0, BTreeMap::new());
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     for i in 0..MEMBERS_MAX as u64 {
         join(&mut state, i, &format!("w{i}"), at(0));
     }
@@ -241,7 +260,7 @@ impl Model {
                     self.floor = self.floor.max(*epoch);
                     self.assigned.insert(*stream, *epoch);
                 }
-                Action::PublishRoutes { revision, routes } => {
+                Action::PublishRoutes { revision, routes, .. } => {
                     prop_assert!(*revision > self.revision);
                     self.revision = *revision;
                     for route in routes {
@@ -264,7 +283,7 @@ proptest! {
         floor in 0..10u64,
         events in prop::collection::vec(drawn(), 1..80),
     ) {
-        let mut state = State::new(TTL, floor, BTreeMap::new());
+        let mut state = State::new(TTL, floor, BTreeMap::new(), Settings::new());
         let mut model = Model { floor, stored_floor: floor, ..Model::default() };
         let mut now = Duration::ZERO;
         for drawn in events {

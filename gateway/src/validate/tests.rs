@@ -5,6 +5,29 @@ use proptest::prelude::*;
 use unmask_proto::v1::policy::Autoregressive;
 use unmask_proto::v1::{ChatMessage, Defaults, InfillTokens, Policy, TokenIds};
 
+/// Without a policy of the controller's.
+fn validate(request: GenerateRequest, model: &ModelDescriptor, seed: u64) -> Result<Valid, Vec<Violation>> {
+    super::validate(request, model, None, seed)
+}
+
+#[test]
+fn the_controllers_policy_holds_where_the_request_names_neither_of_its_two() {
+    let policy = Some(Policy { kind: Some(Kind::Threshold(Threshold { tau: 0.7 })) });
+    let chosen = ModelPolicy { model: "m".into(), revision: 5, block_size: 8, policy };
+    let resolved = |decoding| super::validate(text(decoding), &diffusion(), Some(&chosen), 0).unwrap().settings;
+    let settings = resolved(Decoding::default());
+    assert_eq!((settings.block_size, settings.policy, settings.policy_revision), (8, policy, 5));
+    assert_eq!((settings.origins["block_size"].as_str(), settings.origins["policy"].as_str()), ("policy", "policy"));
+    for decoding in [
+        Decoding { block_size: Some(4), ..Decoding::default() },
+        Decoding { policy: Some(Policy { kind: Some(Kind::Factor(Factor { factor: 2.0 })) }), ..Decoding::default() },
+    ] {
+        let settings = resolved(decoding);
+        assert_eq!(settings.policy_revision, 0);
+        assert!(settings.policy != policy && !settings.origins.values().any(|origin| origin == "policy"));
+    }
+}
+
 const CONTEXT: u32 = 64;
 
 fn policy(kind: Kind) -> Option<Policy> {

@@ -245,7 +245,7 @@ impl Gateway {
     /// Runs, and has the routes.
     pub async fn configured(routes: Vec<Route>, change: impl FnOnce(&mut Config)) -> Gateway {
         let wanted = routes.len();
-        let tables = watch::Sender::new(WatchRoutesResponse { term: 1, revision: 1, routes });
+        let tables = watch::Sender::new(WatchRoutesResponse { term: 1, revision: 1, routes, policies: Vec::new() });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut config = Config::new(Controllers::one(listener.local_addr().unwrap()));
         change(&mut config);
