@@ -173,9 +173,46 @@ impl Load {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_workers_lose_no_stream_and_change_no_token() {
+    kill_workers(4).await;
+}
+
+#[ignore = "takes over a minute: cargo test -- --ignored"]
+#[tokio::test(flavor = "multi_thread")]
+async fn full_fifty_killed_workers() {
+    let outcome = kill_workers(50).await;
+    assert!(outcome.streams >= 500);
+    let p99 = outcome.gaps[outcome.gaps.len() * 99 / 100];
+    assert!(p99 < Duration::from_secs(1), "{p99:?}");
+}
+
+/// A kill every second, until so many streams have ended.
+#[ignore = "takes over a minute: cargo test -- --ignored"]
+#[tokio::test(flavor = "multi_thread")]
+async fn full_a_thousand_streams_with_a_kill_every_second() {
+    const STREAMS_MIN: usize = 1000;
+    let mut cluster = Cluster::start(2, 3).await;
+    let load = Load::start(&cluster).await;
+    let (mut every, mut kills) = (tokio::time::interval(Duration::from_secs(1)), 0);
+    while load.ended.load(Ordering::Relaxed) < STREAMS_MIN {
+        every.tick().await;
+        assert!(!load.task.is_finished(), "after kill {kills}");
+        kills += 1;
+        // Every fifth time a gateway, else a worker; the one that has served longest.
+        if kills % 5 == 0 {
+            let address = cluster.gateways.remove(0).kill();
+            cluster.gateways.push(cluster.gateway(&address));
+        } else {
+            let address = cluster.workers.remove(0).kill();
+            cluster.workers.push(cluster.worker(&address));
+        }
+    }
+    load.end(&format!("{kills} kills, one a second")).await;
+}
+
+async fn kill_workers(kills: usize) -> Outcome {
     let mut cluster = Cluster::start(1, 2).await;
     let load = Load::start(&cluster).await;
-    for kill in 0..4 {
+    for kill in 0..kills {
         load.progress(STREAMS).await;
         let address = cluster.workers.remove(0).kill();
         load.progress(STREAMS).await;
@@ -183,8 +220,9 @@ async fn killed_workers_lose_no_stream_and_change_no_token() {
         cluster.serving(0, 2).await;
         assert!(!load.task.is_finished(), "after kill {kill}");
     }
-    let outcome = load.end("4 workers killed").await;
+    let outcome = load.end(&format!("{kills} workers killed")).await;
     assert!(outcome.continued > 0, "somebody was on a worker that was killed");
+    outcome
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -358,11 +396,23 @@ async fn another_controller_takes_over_from_one_that_is_killed_or_paused() {
 #[cfg(feature = "etcd")]
 #[tokio::test(flavor = "multi_thread")]
 async fn without_etcd_what_serves_goes_on_serving() {
+    // Longer than the leader's lease and the members' time-to-live.
+    without_etcd(Duration::from_secs(12)).await;
+}
+
+#[cfg(feature = "etcd")]
+#[ignore = "takes over a minute: cargo test -- --ignored"]
+#[tokio::test(flavor = "multi_thread")]
+async fn full_without_etcd_for_a_minute() {
+    without_etcd(Duration::from_secs(60)).await;
+}
+
+#[cfg(feature = "etcd")]
+async fn without_etcd(outage: Duration) {
     let (mut etcd, mut cluster) = Cluster::replicated(1, 2).await;
     let load = Load::start(&cluster).await;
     etcd.kill();
-    // Longer than the leader's lease and the members' time-to-live.
-    tokio::time::sleep(Duration::from_secs(12)).await;
+    tokio::time::sleep(outage).await;
     load.progress(STREAMS).await;
     let worker = cluster.workers.remove(0).kill();
     load.progress(STREAMS).await;
@@ -370,5 +420,5 @@ async fn without_etcd_what_serves_goes_on_serving() {
     cluster.workers.push(cluster.worker(&worker));
     cluster.serving(0, 2).await;
     load.progress(STREAMS).await;
-    load.end("etcd away for 12 s, a worker killed meanwhile").await;
+    load.end(&format!("etcd away for {} s, a worker killed meanwhile", outage.as_secs())).await;
 }
