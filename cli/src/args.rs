@@ -35,6 +35,9 @@ pub enum Command {
     /// Run a gateway
     #[command(after_help = "Example:\n  unmask gateway --listen 127.0.0.1:7700 --controller 127.0.0.1:7701")]
     Gateway(GatewayArgs),
+    /// Draw an API key for a gateway's tenant
+    #[command(after_help = "Example:\n  unmask key")]
+    Key,
     /// Run a controller
     #[command(after_help = "Example:\n  unmask controller --listen 127.0.0.1:7701 --store embedded:/var/lib/unmask")]
     Controller(ControllerArgs),

@@ -64,6 +64,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Generate(args) => generate::run(args),
         Command::Up(args) => up::run(args),
         Command::Gateway(args) => service::gateway(args),
+        Command::Key => service::key(),
         Command::Controller(args) => service::controller(args),
         Command::Worker(args) => service::worker(args),
         Command::Rank(args) => service::rank(&args),

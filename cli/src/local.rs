@@ -10,7 +10,11 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
 use unmask_controller::store::StoreUrl;
 use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::ListModelsRequest;
@@ -114,8 +118,8 @@ impl Cluster {
     ///
     /// # Errors
     /// A service failed, or nothing serves within the limit.
-    pub async fn ready(&mut self) -> anyhow::Result<InferenceServiceClient<Channel>> {
-        let mut client = InferenceServiceClient::new(connect(&format!("http://{}", self.gateway))?);
+    pub async fn ready(&mut self) -> anyhow::Result<Gateway> {
+        let mut client = gateway(&self.gateway.to_string())?;
         let serving = async {
             loop {
                 let listed = client.list_models(ListModelsRequest {}).await;
@@ -162,10 +166,10 @@ impl Cluster {
 pub async fn with_gateway<T>(
     endpoint: Option<&str>,
     model: &ModelArgs,
-    work: impl AsyncFnOnce(InferenceServiceClient<Channel>) -> anyhow::Result<T>,
+    work: impl AsyncFnOnce(Gateway) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     if let Some(endpoint) = endpoint {
-        return work(InferenceServiceClient::new(connect(endpoint)?)).await;
+        return work(gateway(endpoint)?).await;
     }
     let data = tempfile::tempdir().context("cannot make a temporary folder for the controller's state")?;
     let listeners = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await?;
@@ -179,7 +183,38 @@ pub async fn with_gateway<T>(
     Ok(done)
 }
 
-/// A lazy connection to a gateway.
+/// Environment variable with the API key for gateways that want one. Not a flag: others see command lines.
+pub const API_KEY_VARIABLE: &str = "UNMASK_API_KEY";
+
+/// Puts the API key, where there is one, on every call.
+#[derive(Clone, Default)]
+pub struct ApiKey(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for ApiKey {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(key) = &self.0 {
+            request.metadata_mut().insert("authorization", key.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// A client of a gateway.
+pub type Gateway = InferenceServiceClient<InterceptedService<Channel, ApiKey>>;
+
+/// A client of the gateway at `endpoint`, connected when it is first used.
+///
+/// # Errors
+/// The address is malformed, or the API key in the environment is.
+pub fn gateway(endpoint: &str) -> anyhow::Result<Gateway> {
+    let key = match std::env::var(API_KEY_VARIABLE) {
+        Ok(key) => Some(format!("Bearer {key}").parse().with_context(|| format!("{API_KEY_VARIABLE} is no key"))?),
+        Err(_) => None,
+    };
+    Ok(InferenceServiceClient::with_interceptor(connect(endpoint)?, ApiKey(key)))
+}
+
+/// A lazy connection.
 ///
 /// # Errors
 /// The address is malformed.

@@ -1,13 +1,11 @@
 //! A stream that goes on through another gateway when its own is lost: no token twice, none missing.
 
-use crate::local::connect;
+use crate::local::{Gateway, gateway};
 use anyhow::{Context, anyhow};
 use std::time::Duration;
-use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt as _;
 use unmask_proto::v1::generate_response::Event;
-use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 use unmask_proto::v1::{GenerateRequest, GenerateResponse, Resume, Started};
 
 /// Largest message of a stream (bytes).
@@ -58,7 +56,7 @@ impl Received {
 
 /// A request and the gateways that may serve it.
 pub struct Resuming {
-    gateways: Vec<InferenceServiceClient<Channel>>,
+    gateways: Vec<Gateway>,
     request: GenerateRequest,
     received: Received,
     events: Option<Streaming<GenerateResponse>>,
@@ -70,7 +68,7 @@ pub struct Resuming {
 
 impl Resuming {
     /// A request to one of `gateways`, the first that answers.
-    pub fn new(gateways: Vec<InferenceServiceClient<Channel>>, request: GenerateRequest) -> Self {
+    pub fn new(gateways: Vec<Gateway>, request: GenerateRequest) -> Self {
         let gateways = gateways.into_iter().map(|client| client.max_decoding_message_size(MESSAGE_BYTES_MAX)).collect();
         Self { gateways, request, received: Received::default(), events: None, tried: 0, resumed: 0 }
     }
@@ -80,8 +78,7 @@ impl Resuming {
     /// # Errors
     /// An address is malformed, or there is none.
     pub fn through(endpoints: &[String], request: GenerateRequest) -> anyhow::Result<Self> {
-        let gateways: anyhow::Result<Vec<_>> =
-            endpoints.iter().map(|endpoint| Ok(InferenceServiceClient::new(connect(endpoint)?))).collect();
+        let gateways: anyhow::Result<Vec<_>> = endpoints.iter().map(|endpoint| gateway(endpoint)).collect();
         let gateways = gateways?;
         gateways.first().context("--endpoint: give at least one")?;
         Ok(Self::new(gateways, request))

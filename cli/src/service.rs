@@ -57,6 +57,23 @@ pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     serve(&args.listen, "worker", |listener, stop| unmask_worker::run(config, listener, stop.cancelled_owned()))
 }
 
+/// Draws an API key, and prints it with what a gateway's file has of it.
+///
+/// # Errors
+/// Nobody reads the output.
+pub fn key() -> anyhow::Result<ExitCode> {
+    let key: String = (0..4).map(|_| format!("{:016x}", rand::random::<u64>())).collect();
+    let digest = unmask_gateway::tenants::digest(&key);
+    output::out(&format!(
+        "{key}\n\nFor the client:           {}={key}\nFor the gateway's file:   [[tenants]]\n{:26}name = \"somebody\"\n{:26}keys = \
+         [\"{digest}\"]\n",
+        crate::local::API_KEY_VARIABLE,
+        "",
+        ""
+    ))?;
+    Ok(ExitCode::SUCCESS)
+}
+
 /// `unmask rank`
 #[derive(Debug, Args)]
 pub struct RankArgs {

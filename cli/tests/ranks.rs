@@ -7,14 +7,12 @@ use std::process::{Child, Command};
 use std::time::Duration;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
-use tonic::transport::Channel;
 use unmask::args::{Dtype, ModelArgs};
-use unmask::local::{Cluster, Listeners, connect};
+use unmask::local::{Cluster, Gateway, Listeners};
 use unmask_controller::store::StoreUrl;
 use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
-use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 use unmask_proto::v1::{Decoding, GenerateRequest, ListModelsRequest};
 use unmask_worker::{Ranks, WorkerError};
 
@@ -22,7 +20,7 @@ use unmask_worker::{Ranks, WorkerError};
 const LIMIT: Duration = Duration::from_secs(120);
 const RANKS: usize = 2;
 
-type Client = InferenceServiceClient<Channel>;
+type Client = Gateway;
 
 fn model() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/python-tasks-3m")
@@ -83,7 +81,7 @@ async fn start() -> Group {
     config.load.threads = 1;
     config.ranks = Ranks::Processes { addresses, epoch: 1 };
     let worker = tokio::spawn(unmask_worker::run(config, worker, never()));
-    let mut client = Client::new(connect(&format!("http://{public}")).unwrap());
+    let mut client = unmask::local::gateway(&public.to_string()).unwrap();
     let ready = async {
         while !client
             .list_models(ListModelsRequest {})

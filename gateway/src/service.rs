@@ -6,6 +6,7 @@ use crate::routes::Route;
 use crate::settings;
 use crate::stack::Deadline;
 use crate::stream::Assembler;
+use crate::tenants::Tenant;
 use crate::tokenizers::Tokenizers;
 use crate::upstream::Upstream;
 use crate::validate::{Resumed, Valid, validate};
@@ -57,6 +58,8 @@ impl InferenceService for Service {
         if self.draining.is_cancelled() {
             return Err(stopping());
         }
+        let tenant = request.extensions().get::<Arc<Tenant>>().cloned().ok_or_else(no_tenant)?;
+        let own = tenant.stream()?;
         let request = request.into_inner();
         let table = self.upstream.routes.table();
         let route = table.model(&request.model)?;
@@ -65,6 +68,7 @@ impl InferenceService for Service {
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let (valid, prompt) = self.encode(valid, &tokenizer, &route).await?;
         let settings = settings::fit(&valid, &route.model, prompt.len()).map_err(|found| rich::invalid(&[found]))?;
+        tenant.spend(prompt.len() as u64 + u64::from(settings.max_tokens))?;
         let resumed = valid.resume.unwrap_or_else(|| Resumed {
             request_id: uuid::Uuid::new_v4().to_string(),
             received: Vec::new(),
@@ -80,6 +84,7 @@ impl InferenceService for Service {
             settings,
             drafts: valid.drafts,
             priority: valid.priority,
+            salt: tenant.salt(),
             arrived,
             deadline,
         };
@@ -92,7 +97,7 @@ impl InferenceService for Service {
         // The channel is empty: the first event fits.
         let _ = events.try_send(Ok(GenerateResponse { event: Some(relay.started()) }));
         let Service { stall_limit, group_wait, .. } = *self;
-        let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permit: permit };
+        let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permits: (permit, own) };
         tokio::spawn(relay.deliver(first, client));
         Ok(Response::new(ReceiverStream::new(reading)))
     }
@@ -154,6 +159,11 @@ impl Service {
         let _turn = self.long_texts.acquire().await.map_err(|_| stopping())?;
         tokio::task::spawn_blocking(work).await.map_err(failed)
     }
+}
+
+/// The stack sees to it that there is one.
+fn no_tenant() -> Status {
+    rich::status(Code::Internal, "NO_TENANT", "nobody found out who asks")
 }
 
 /// The tokenizer or the template did not take the input.

@@ -1,7 +1,9 @@
 //! The tower stack: every call passes these layers, outermost first.
 
 use crate::relay::deadline_passed;
+use crate::tenants::Tenants;
 use futures::future::BoxFuture;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -33,17 +35,19 @@ pub(crate) type Layers = Stack<
     TimeoutLayer,
     Stack<
         ConcurrencyLimitLayer,
-        Stack<LoadShedLayer, Stack<Errors, Stack<DeadlineLayer, Stack<TraceLayer, Identity>>>>,
+        Stack<LoadShedLayer, Stack<Errors, Stack<TenantLayer, Stack<DeadlineLayer, Stack<TraceLayer, Identity>>>>>,
     >,
 >;
 
 /// The stack.
-pub(crate) fn layers() -> Layers {
+pub(crate) fn layers(tenants: Tenants) -> Layers {
     ServiceBuilder::new()
         // Outermost, so that refusals are logged too.
         .layer(TraceLayer)
         // Before anything can wait: the time of the call runs from its arrival.
         .layer(DeadlineLayer)
+        // Before anything is spent on it: who does not belong here is told so.
+        .layer(TenantLayer(Arc::new(tenants)))
         // What the layers below say becomes a status; other errors would end the whole connection.
         .layer(Errors::new(named))
         // Over the limit a call is refused at once instead of waiting in line.
@@ -172,6 +176,49 @@ where
     }
 }
 
+/// Finds out who asks; the tenant is among the extensions of what goes on. Health and reflection are for everybody.
+#[derive(Debug, Clone)]
+pub(crate) struct TenantLayer(Arc<Tenants>);
+
+/// See [`TenantLayer`].
+#[derive(Debug, Clone)]
+pub(crate) struct Identified<S>(S, Arc<Tenants>);
+
+impl<S> Layer<S> for TenantLayer {
+    type Service = Identified<S>;
+
+    fn layer(&self, inner: S) -> Identified<S> {
+        Identified(inner, Arc::clone(&self.0))
+    }
+}
+
+impl<S, In, Out> Service<Request<In>> for Identified<S>
+where
+    S: Service<Request<In>, Response = Response<Out>>,
+    S::Future: Send + 'static,
+    S::Error: Into<BoxError>,
+    Out: Send + 'static,
+{
+    type Response = Response<Out>;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<Response<Out>, BoxError>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.0.poll_ready(context).map_err(Into::into)
+    }
+
+    fn call(&mut self, mut request: Request<In>) -> Self::Future {
+        if !request.uri().path().starts_with("/grpc.") {
+            match self.1.find(request.headers()) {
+                Ok(tenant) => request.extensions_mut().insert(tenant),
+                Err(status) => return Box::pin(std::future::ready(Err(status.into()))),
+            };
+        }
+        let answer = self.0.call(request);
+        Box::pin(async move { answer.await.map_err(Into::into) })
+    }
+}
+
 /// The `grpc-timeout` of a call: up to eight digits and a unit.
 fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
     let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
@@ -230,7 +277,7 @@ mod tests {
             std::future::pending::<Result<Response<()>, BoxError>>().await
         });
         let request = Request::builder().header("grpc-timeout", "5m").body(()).unwrap();
-        let error = layers().layer(stuck).oneshot(request).await.unwrap_err();
+        let error = layers(Tenants::default()).layer(stuck).oneshot(request).await.unwrap_err();
         assert_eq!(Status::try_from_error(error).unwrap().code(), Code::DeadlineExceeded);
     }
 }

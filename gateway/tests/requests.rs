@@ -3,12 +3,16 @@
 
 mod harness;
 
-use harness::{CONTEXT, Gateway, TOKENIZER, Worker, ids, text, with, within};
+use harness::{CONTEXT, Gateway, KEY, TOKENIZER, Worker, ids, text, with, within};
+use std::time::Duration;
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt as _;
+use unmask_gateway::Config;
+use unmask_gateway::tenants::{self, RawTenant, Tenants};
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::policy::{Autoregressive, Kind, Threshold};
 use unmask_proto::v1::{
@@ -34,6 +38,52 @@ fn token_ids(ids: Vec<u32>) -> GenerateRequest {
 
 fn policy(kind: Kind) -> Decoding {
     Decoding { policy: Some(Policy { kind: Some(kind) }), ..Default::default() }
+}
+
+#[tokio::test]
+async fn tenants_need_a_key_and_have_their_own_limits_and_caches() {
+    let mut worker = Worker::start().await;
+    let tenant = |name: &str, key: &str, rows_per_second| RawTenant {
+        name: name.into(),
+        keys: vec![tenants::digest(key)],
+        streams_max: Some(1),
+        rows_per_second,
+    };
+    let all = vec![tenant("harness", KEY, None), tenant("a", "key-a", None), tenant("b", "key-b", Some(10))];
+    let configure = |config: &mut Config| config.tenants = Tenants::new(all).unwrap();
+    let gateway = Gateway::configured(vec![worker.route("a", 1)], configure).await;
+    let reason = |status: Status| (status.code(), status.get_details_error_info().unwrap().reason);
+    let refused = gateway.generate(text("p")).await.unwrap_err();
+    assert_eq!(reason(refused), (Code::Unauthenticated, "API_KEY".into()));
+    let refused = gateway.generate_as("key-c", text("p")).await.unwrap_err();
+    assert_eq!(reason(refused), (Code::Unauthenticated, "API_KEY".into()));
+    // Probes have no key.
+    let channel = Channel::from_shared(format!("http://{}", gateway.address)).unwrap().connect().await.unwrap();
+    let mut health = HealthClient::new(channel);
+    health.check(HealthCheckRequest::default()).await.unwrap();
+
+    let held = gateway.generate_as("key-a", text("p")).await.unwrap();
+    let run = worker.run().await;
+    let refused = gateway.generate_as("key-a", text("p")).await.unwrap_err();
+    assert!(refused.get_details_retry_info().is_some());
+    assert_eq!(reason(refused), (Code::ResourceExhausted, "TENANT_STREAMS".into()));
+    let decoding = Decoding { max_tokens: Some(90), ..Default::default() };
+    let other = gateway.generate_as("key-b", with("p", decoding.clone())).await.unwrap();
+    let other_run = worker.run().await;
+    assert!(run.request.cache_salt != other_run.request.cache_salt && run.request.cache_salt != 0);
+    other_run.finish(FinishReason::Eos).await;
+    other.all().await.unwrap();
+    // The stream counts until its task has ended.
+    let spent = loop {
+        let refused = gateway.generate_as("key-b", with("p", decoding.clone())).await.unwrap_err();
+        if reason(refused.clone()).1 != "TENANT_STREAMS" {
+            break refused;
+        }
+    };
+    assert!(spent.get_details_retry_info().unwrap().retry_delay.unwrap() > Duration::from_secs(6));
+    assert_eq!(reason(spent), (Code::ResourceExhausted, "TENANT_ROWS".into()));
+    run.finish(FinishReason::Eos).await;
+    held.all().await.unwrap();
 }
 
 #[tokio::test]

@@ -5,17 +5,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
-use tonic::transport::Channel;
 use unmask::args::{Dtype, ModelArgs};
-use unmask::local::{Cluster, Listeners};
+use unmask::local::{Cluster, Gateway as Client, Listeners};
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
-use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 use unmask_proto::v1::{Decoding, Finish, GenerateRequest, TokenizeRequest};
 
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-
-type Client = InferenceServiceClient<Channel>;
 
 struct Running {
     cluster: Cluster,

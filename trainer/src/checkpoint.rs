@@ -100,7 +100,6 @@ impl Export<'_> {
         let mut config = serde_json::json!({
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
-            "hidden_act": "silu",
             "hidden_size": shape.hidden,
             "intermediate_size": shape.inner,
             "num_hidden_layers": shape.layers,
@@ -116,8 +115,10 @@ impl Export<'_> {
             "eos_token_id": [vocabulary.end],
             "pad_token_id": vocabulary.end
         });
-        if !self.block_sizes.is_empty() {
-            let own = serde_json::json!({
+        let more = if self.block_sizes.is_empty() {
+            serde_json::json!({ "hidden_act": "silu" })
+        } else {
+            serde_json::json!({
                 "architectures": ["UnmaskForBlockDiffusion"],
                 "model_type": "unmask",
                 "block_sizes": self.block_sizes,
@@ -133,10 +134,10 @@ impl Export<'_> {
                     "max_tokens": decode.max_tokens,
                     "temperature": 0.0
                 }
-            });
-            if let (Some(config), serde_json::Value::Object(own)) = (config.as_object_mut(), own) {
-                config.extend(own);
-            }
+            })
+        };
+        if let (Some(config), serde_json::Value::Object(more)) = (config.as_object_mut(), more) {
+            config.extend(more);
         }
         config
     }

@@ -48,7 +48,7 @@ pub(crate) fn request(message: RunRequest, id: RequestId, defaults: &Policy) -> 
         drafts: message.stream_drafts,
         priority: message.priority,
         deadline: None,
-        salt: 0,
+        salt: message.cache_salt,
         raw: false,
     })
 }

@@ -1,12 +1,11 @@
 //! Questions to a served model, several at a time.
 
+use crate::local::Gateway;
 use anyhow::{Context, bail, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
-use tonic::transport::Channel;
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
-use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 use unmask_proto::v1::policy::{Autoregressive, Kind, Threshold};
 use unmask_proto::v1::{Decoding, GenerateRequest, ListModelsRequest, Model, Policy};
 use unmask_trainer::measure::Point;
@@ -32,7 +31,7 @@ pub struct Answer {
 
 /// A served model and how it is asked.
 pub struct Asker {
-    client: InferenceServiceClient<Channel>,
+    client: Gateway,
     /// The model.
     pub model: Model,
     /// Requests at once.
@@ -48,11 +47,7 @@ impl Asker {
     ///
     /// # Errors
     /// The gateway does not answer, or does not serve it.
-    pub async fn connect(
-        mut client: InferenceServiceClient<Channel>,
-        name: Option<&str>,
-        streams: usize,
-    ) -> anyhow::Result<Asker> {
+    pub async fn connect(mut client: Gateway, name: Option<&str>, streams: usize) -> anyhow::Result<Asker> {
         let listed = client.list_models(ListModelsRequest {}).await.context("cannot ask for the models")?;
         let models = listed.into_inner().models;
         let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();

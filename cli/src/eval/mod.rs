@@ -16,7 +16,8 @@ pub mod score;
 
 use crate::args::ModelArgs;
 use crate::bench::machine::Machine;
-use crate::{INTERRUPTED, local, models, output, raw};
+use crate::local::{self, Gateway};
+use crate::{INTERRUPTED, models, output, raw};
 use answers::{Answers, Batch, Header, Part};
 use anyhow::{Context, ensure};
 use ask::{Asker, Question};
@@ -29,8 +30,6 @@ use sha2::{Digest, Sha256};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
-use tonic::transport::Channel;
-use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 use unmask_trainer::data::corpus::{self, Document};
 use unmask_trainer::measure::{self, Point};
 use unmask_trainer::tasks::Task;
@@ -148,7 +147,7 @@ impl Material {
     }
 }
 
-async fn evaluate(args: &EvalArgs, client: InferenceServiceClient<Channel>) -> anyhow::Result<()> {
+async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
     let material = Material::read(args)?;
     let stages = args.logs.iter().map(|path| Stage::read(path)).collect::<anyhow::Result<Vec<_>>>()?;
     let name = if args.endpoint.is_some() { args.model.model.as_deref() } else { None };

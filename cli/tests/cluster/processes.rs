@@ -6,15 +6,11 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
-use tonic::transport::Channel;
-use unmask::local::connect;
+use unmask::local::{Gateway, gateway};
 use unmask_proto::v1::ListModelsRequest;
-use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 
 /// Bounds every wait: far beyond what anything takes.
 pub const LIMIT: Duration = Duration::from_secs(60);
-
-pub type Client = InferenceServiceClient<Channel>;
 
 fn model() -> String {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/sdar");
@@ -146,8 +142,8 @@ impl Cluster {
         Process::start(&worker, listen)
     }
 
-    pub fn client(&self, gateway: usize) -> Client {
-        Client::new(connect(&self.gateways[gateway].address).unwrap())
+    pub fn client(&self, number: usize) -> Gateway {
+        gateway(&self.gateways[number].address).unwrap()
     }
 
     pub fn endpoints(&self) -> Vec<String> {

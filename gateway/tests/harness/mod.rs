@@ -228,6 +228,9 @@ pub fn descriptor() -> ModelDescriptor {
 }
 
 /// A gateway, and the controller it follows.
+/// What the harness itself asks with, where a gateway wants a key.
+pub const KEY: &str = "the harness's own";
+
 pub struct Gateway {
     pub address: SocketAddr,
     tables: watch::Sender<WatchRoutesResponse>,
@@ -281,9 +284,14 @@ impl Gateway {
 
     async fn until_groups(&self, wanted: usize) {
         let mut client = self.client.clone();
+        let list = || {
+            let mut request = Request::new(ListModelsRequest {});
+            request.metadata_mut().insert("authorization", format!("Bearer {KEY}").parse().unwrap());
+            request
+        };
         let reached = async {
             loop {
-                let models = client.list_models(ListModelsRequest {}).await.unwrap().into_inner().models;
+                let models = client.list_models(list()).await.unwrap().into_inner().models;
                 if models.iter().map(|model| model.ready_groups as usize).sum::<usize>() == wanted {
                     return;
                 }
@@ -295,6 +303,13 @@ impl Gateway {
 
     pub fn end_controller(&self) {
         self.controller.cancel();
+    }
+
+    /// With an API key.
+    pub async fn generate_as(&self, key: &str, request: GenerateRequest) -> Result<Stream, Status> {
+        let mut request = Request::new(request);
+        request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+        Ok(Stream { events: within(self.client.clone().generate(request)).await?.into_inner() })
     }
 
     pub async fn generate(&self, request: GenerateRequest) -> Result<Stream, Status> {

@@ -1,13 +1,11 @@
 //! Whom to ask, and what.
 
 use super::prompts::Prompts;
-use crate::local::connect;
+use crate::local::{Gateway, gateway};
 use anyhow::{Context, bail};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tonic::transport::Channel;
 use unmask_proto::v1::generate_request::Input;
-use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 use unmask_proto::v1::{Decoding, GenerateRequest, ListModelsRequest, Model, ResolvedSettings};
 
 /// Streams of one connection. A server bounds them; what waits for one would wait unseen in this process.
@@ -31,7 +29,7 @@ pub struct Questions {
 
 /// A gateway and what is asked of it.
 pub struct Target {
-    connections: Vec<InferenceServiceClient<Channel>>,
+    connections: Vec<Gateway>,
     /// The model that is asked.
     pub model: Model,
     questions: Questions,
@@ -41,7 +39,7 @@ pub struct Target {
 /// One request and the connection it goes over.
 pub struct Asked {
     /// The connection.
-    pub client: InferenceServiceClient<Channel>,
+    pub client: Gateway,
     /// The request.
     pub request: GenerateRequest,
     /// From sending it to giving it up.
@@ -64,8 +62,7 @@ impl Target {
         let mut connections = Vec::new();
         let mut models = Vec::new();
         for _ in 0..streams.div_ceil(STREAMS_PER_CONNECTION).max(1) {
-            let mut client =
-                InferenceServiceClient::new(connect(endpoint)?).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            let mut client = gateway(endpoint)?.max_decoding_message_size(MESSAGE_BYTES_MAX);
             let listed = tokio::time::timeout(CONNECT_LIMIT, client.list_models(ListModelsRequest {})).await;
             let listed = listed.with_context(|| format!("{endpoint} does not answer"))?;
             models = listed.with_context(|| format!("cannot ask {endpoint} for its models"))?.into_inner().models;
