@@ -18,7 +18,7 @@ use tower::timeout::error::Elapsed;
 use tower::util::MapErrLayer;
 use tower::{BoxError, Layer, Service, ServiceBuilder};
 use tracing::Instrument as _;
-use unmask_proto::rich;
+use unmask_proto::{rich, timeout};
 
 /// Most calls that are being answered; a stream counts until it starts.
 const CALLS_MAX: usize = 2048;
@@ -26,8 +26,6 @@ const CALLS_MAX: usize = 2048;
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// When a refused call may be tried again.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
-/// Longest deadline that is kept (a longer one means the same).
-const DEADLINE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 type Errors = MapErrLayer<fn(BoxError) -> BoxError>;
 /// The layers, innermost first.
@@ -219,30 +217,9 @@ where
     }
 }
 
-/// The `grpc-timeout` of a call: up to eight digits and a unit.
+/// The `grpc-timeout` of a call.
 fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
-    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
-    let parsed = value.to_str().ok().and_then(parse_timeout);
-    parsed
-        .map(|timeout| Some(timeout.min(DEADLINE_MAX)))
-        .ok_or_else(|| rich::status(Code::InvalidArgument, "BAD_TIMEOUT", "grpc-timeout is not a number and a unit"))
-}
-
-fn parse_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let number: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(number * 3600),
-        "M" => Duration::from_secs(number * 60),
-        "S" => Duration::from_secs(number),
-        "m" => Duration::from_millis(number),
-        "u" => Duration::from_micros(number),
-        "n" => Duration::from_nanos(number),
-        _ => return None,
-    })
+    headers.get("grpc-timeout").map(|value| timeout::read(value.to_str().ok())).transpose()
 }
 
 #[cfg(test)]
@@ -250,17 +227,6 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use tower::ServiceExt as _;
-
-    #[test]
-    fn timeouts_are_read_as_grpc_writes_them() {
-        let cases = [("2M", Some(120_000)), ("3S", Some(3000)), ("250m", Some(250)), ("1H", Some(3_600_000))];
-        for (text, millis) in cases {
-            assert_eq!(parse_timeout(text), millis.map(Duration::from_millis), "{text}");
-        }
-        for text in ["", "S", "1", "123456789S", "-1S", "1é", "1s"] {
-            assert_eq!(parse_timeout(text), None, "{text}");
-        }
-    }
 
     #[test]
     fn errors_of_layers_become_statuses() {

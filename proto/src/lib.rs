@@ -4,10 +4,12 @@
 //! receives a message.
 //!
 //! Modules in reading order: [`v1`] (generated), [`DESCRIPTORS`] (for reflection), [`rich`] (errors as
-//! section "Errors" of the public interface wants them), [`controllers`] (which replica of a controller to ask).
+//! section "Errors" of the public interface wants them), [`controllers`] (which replica of a controller to
+//! ask), [`timeout`] (how long a call may take).
 
 pub mod controllers;
 pub mod rich;
+pub mod timeout;
 
 /// Package `unmask.v1`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]

@@ -14,11 +14,9 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 use unmask_engine::Policy;
 use unmask_proto::rich;
+use unmask_proto::timeout::{self, TIMEOUT_MAX};
 use unmask_proto::v1::worker_service_server::WorkerService;
 use unmask_proto::v1::{FetchTokenizerRequest, FetchTokenizerResponse, RunRequest, RunResponse};
-
-/// Longest deadline or time limit that is kept (a longer one means the same).
-const TIME_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// What the service serves.
 pub(crate) struct Service {
@@ -113,7 +111,7 @@ fn terms(message: &RunRequest, arrived: Instant, deadline: Option<Instant>) -> T
     Terms {
         arrived,
         deadline,
-        time_limit: time_limit.map(|millis| arrived + Duration::from_millis(millis).min(TIME_MAX)),
+        time_limit: time_limit.map(|millis| arrived + Duration::from_millis(millis).min(TIMEOUT_MAX)),
         prompt_tokens: message.prompt_ids.len() as u32,
         committed,
         passes_used: message.passes_used,
@@ -136,54 +134,7 @@ fn stream(reading: Reading, open: OpenStream) -> BoxStream<'static, Result<RunRe
     ReceiverStream::new(reading.events).map(Ok).chain(end).boxed()
 }
 
-/// The `grpc-timeout` of a call: up to eight digits and a unit.
+/// The `grpc-timeout` of a call.
 fn grpc_timeout(metadata: &MetadataMap) -> Result<Option<Duration>, Status> {
-    let Some(value) = metadata.get("grpc-timeout") else { return Ok(None) };
-    let parsed = value.to_str().ok().and_then(parse_timeout);
-    parsed
-        .map(|timeout| Some(timeout.min(TIME_MAX)))
-        .ok_or_else(|| rich::status(Code::InvalidArgument, "BAD_TIMEOUT", "grpc-timeout is not a number and a unit"))
-}
-
-fn parse_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let number: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(number * 3600),
-        "M" => Duration::from_secs(number * 60),
-        "S" => Duration::from_secs(number),
-        "m" => Duration::from_millis(number),
-        "u" => Duration::from_micros(number),
-        "n" => Duration::from_nanos(number),
-        _ => return None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-    use super::*;
-
-    #[test]
-    fn timeouts_are_read_as_grpc_writes_them() {
-        for (text, expected) in [
-            ("99999999H", Some(Duration::from_secs(99_999_999 * 3600))),
-            ("2M", Some(Duration::from_secs(120))),
-            ("3S", Some(Duration::from_secs(3))),
-            ("250m", Some(Duration::from_millis(250))),
-            ("7u", Some(Duration::from_micros(7))),
-            ("9n", Some(Duration::from_nanos(9))),
-            ("", None),
-            ("S", None),
-            ("1", None),
-            ("123456789S", None),
-            ("-1S", None),
-            ("1é", None),
-        ] {
-            assert_eq!(parse_timeout(text), expected, "{text}");
-        }
-    }
+    metadata.get("grpc-timeout").map(|value| timeout::read(value.to_str().ok())).transpose()
 }
