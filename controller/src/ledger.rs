@@ -7,10 +7,15 @@ use crate::core::{Fact, Group};
 use crate::store::{Entry, Expected, Guard, Put, Revision, Store, StoreError};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 const EPOCH_FLOOR: &str = "controller/epoch_floor";
 const GROUPS: &str = "groups/";
 const SETTINGS: &str = "settings/";
+
+/// Tries of a write, and the pause after one that the store did not answer.
+const WRITE_TRIES: usize = 3;
+const WRITE_PAUSE: Duration = Duration::from_millis(50);
 
 /// What an earlier run left.
 #[derive(Debug, Default)]
@@ -93,18 +98,32 @@ impl<S: Store> Ledger<S> {
         }
     }
 
+    /// Only a leader writes. So a write that failed in between may be made again, and what is then not as expected is
+    /// that write, whose answer was lost.
     async fn write(&mut self, key: &str, value: Option<String>) -> Result<(), StoreError> {
         let value = value.map(String::into_bytes);
-        let revision = match self.put(key, value.clone()).await {
-            // Only a leader writes, so what is not as expected is a write of ours whose answer was lost.
-            Err(StoreError::Conflict { found, .. }) => {
-                self.saw(key, found);
-                self.put(key, value.clone()).await?
+        let mut last = None;
+        for _ in 0..WRITE_TRIES {
+            match self.put(key, value.clone()).await {
+                Ok(revision) => {
+                    self.saw(key, value.is_some().then_some(revision));
+                    return Ok(());
+                }
+                Err(error) => {
+                    match &error {
+                        StoreError::Conflict { found: None, .. } if value.is_none() => {
+                            self.saw(key, None);
+                            return Ok(());
+                        }
+                        StoreError::Conflict { found, .. } => self.saw(key, *found),
+                        StoreError::Unavailable(_) => tokio::time::sleep(WRITE_PAUSE).await,
+                        _ => return Err(error),
+                    }
+                    last = Some(error);
+                }
             }
-            put => put?,
-        };
-        self.saw(key, value.is_some().then_some(revision));
-        Ok(())
+        }
+        Err(last.unwrap_or_else(|| StoreError::Unavailable("not tried".into())))
     }
 
     async fn put(&self, key: &str, value: Option<Vec<u8>>) -> Result<Revision, StoreError> {

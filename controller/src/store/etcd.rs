@@ -18,8 +18,8 @@ use tokio_stream::wrappers::ReceiverStream;
 const ROOT: &str = "unmask/";
 /// Longest wait for one answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-/// Tries of what may be done twice; another one may reach another member.
-const TRIES_MAX: usize = 3;
+/// Pause before what may be done twice is tried again; another try may reach another member.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// Longest wait for a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(1);
 /// How often members are pinged, and how long an answer may take.
@@ -66,19 +66,21 @@ impl Etcd {
         Ok(store)
     }
 
-    /// Tries an operation that may be done twice, on whichever members.
+    /// Tries an operation that may be done twice, on whichever members, for as long as one answer may take.
     async fn again<T, F: Future<Output = Result<T, Error>>>(
         &self,
         mut operation: impl FnMut(Client) -> F,
     ) -> Result<T, StoreError> {
-        let mut last = StoreError::Unavailable("not tried".into());
-        for _ in 0..TRIES_MAX {
+        let began = Instant::now();
+        loop {
             match limited(operation(Client::clone(&self.client))).await {
-                Err(error @ StoreError::Unavailable(_)) => last = error,
+                // A member that is down refuses at once.
+                Err(StoreError::Unavailable(_)) if began.elapsed() < ANSWER_LIMIT => {
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                }
                 done => return done,
             }
         }
-        Err(last)
     }
 }
 
