@@ -59,7 +59,15 @@ pub(crate) async fn run<S: Store>(
                 () = stop.cancelled() => None,
             };
             match won {
-                Some(tenure) => lead(&store, &config, tenure, &standing, &stop).await,
+                Some(tenure) => {
+                    // Whoever led before does not any more.
+                    standing.send_replace(Standing::Following(None));
+                    let lease = tenure.lease;
+                    let led = lead(&store, &config, tenure, &standing, &stop).await;
+                    // So that another one need not wait for the lease to end; where the store is away it ends by itself.
+                    let _ = timeout(ERROR_PAUSE, store.revoke(lease)).await;
+                    led
+                }
                 None => Ok(()),
             }
         };
@@ -149,8 +157,6 @@ async fn lead<S: Store>(
     if let Some(why) = lost {
         tracing::warn!(why, term = tenure.guard.created.0, "leads no longer");
     }
-    // So that another one need not wait for the lease to end; where the store is away it ends by itself.
-    let _ = timeout(ERROR_PAUSE, store.revoke(tenure.lease)).await;
     Ok(())
 }
 

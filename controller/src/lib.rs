@@ -60,6 +60,9 @@ pub enum ControllerError {
     /// The listener has no address.
     #[error("listening: {0}")]
     Address(std::io::Error),
+    /// It listens on every address, none of which says how it is reached.
+    #[error("advertise: is needed when listening on {0}: give the host:port at which the others reach this controller")]
+    NoAddress(std::net::SocketAddr),
     /// The listener failed.
     #[error("serving gRPC: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -78,7 +81,10 @@ pub async fn run(
     let store = store::open(&config.store).await?;
     let address = match &config.advertise {
         Some(address) => address.clone(),
-        None => listener.local_addr().map_err(ControllerError::Address)?.to_string(),
+        None => match listener.local_addr().map_err(ControllerError::Address)? {
+            address if address.ip().is_unspecified() => return Err(ControllerError::NoAddress(address)),
+            address => address.to_string(),
+        },
     };
     let stop = CancellationToken::new();
     let standing = watch::Sender::new(Standing::Following(None));

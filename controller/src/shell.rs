@@ -87,6 +87,8 @@ impl<S: Store> Shell<S> {
         let mut ticks = interval(self.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let over = self.over.clone();
+        // However this ends, a panic included: nobody must wait for a task that is gone.
+        let _end = over.clone().drop_guard();
         loop {
             let input = tokio::select! {
                 biased;
@@ -108,7 +110,6 @@ impl<S: Store> Shell<S> {
             // Full or gone: then the end of the channel says the same.
             let _ = outbound.answers.try_send(Err(stopping()));
         }
-        self.over.cancel();
     }
 
     async fn take(&mut self, input: Input, now: Duration) {
@@ -147,19 +148,18 @@ impl<S: Store> Shell<S> {
         Ok(self.state.settings().get(&model).map_or(0, |settings| settings.revision))
     }
 
-    /// Whether everything was stored.
+    /// Whether everything was stored. What cannot be stored must not be acted on, and is in memory already: the
+    /// leadership ends, and the next one begins with what the store has.
     async fn carry_out(&mut self, actions: Vec<Action>) -> bool {
-        let mut stored = true;
         for action in actions {
             match action {
                 Action::Persist(fact) => {
                     if let Err(error) = self.ledger.record(&fact).await {
-                        tracing::error!(%error, ?fact, "cannot store");
-                        stored = false;
+                        tracing::error!(%error, ?fact, "cannot store; stepping down");
+                        self.over.cancel();
+                        return false;
                     }
                 }
-                // An epoch that is not stored could be handed out twice.
-                Action::Assign { stream, .. } if !stored => self.close(stream, Some(not_stored())),
                 Action::Assign { stream, group_id, epoch } => self.assign(stream, group_id, epoch),
                 Action::Close(stream, ending) => self.close(stream, ended(ending)),
                 Action::TellToDrain(stream) => self.answer(stream, JoinResponse { drain: true, ..self.empty() }),
@@ -171,7 +171,7 @@ impl<S: Store> Shell<S> {
                 }
             }
         }
-        stored
+        true
     }
 
     fn empty(&self) -> JoinResponse {

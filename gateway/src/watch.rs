@@ -28,12 +28,14 @@ const TABLE_BYTES_MAX: usize = 32 << 20;
 /// Watches for as long as it is polled.
 pub(crate) async fn run(mut controllers: Controllers, gateway_id: String, routes: Arc<Routes>) {
     let mut backoff = BACKOFF_MIN;
+    // One redirect is followed at once; where replicas point to each other, the next waits its turn.
+    let mut redirected = false;
     let mut highest_term = 0;
     loop {
         let began = Instant::now();
         let Err(status) = follow(controllers.current(), &gateway_id, &routes, &mut highest_term).await;
         let controller = controllers.current().to_owned();
-        if controllers.failed(&status) {
+        if controllers.failed(&status) && !std::mem::replace(&mut redirected, true) {
             tracing::info!(controller, leader = controllers.current(), "another replica leads");
             continue;
         }
@@ -43,6 +45,7 @@ pub(crate) async fn run(mut controllers: Controllers, gateway_id: String, routes
         }
         tokio::time::sleep(backoff).await;
         backoff = (2 * backoff).min(BACKOFF_MAX);
+        redirected = false;
     }
 }
 

@@ -52,7 +52,8 @@ impl Controllers {
     /// to wait for.
     pub fn failed(&mut self, status: &Status) -> bool {
         let named = leader_of(status).filter(|leader| leader != self.current());
-        if named.is_none() && self.leader.is_none() {
+        // Also after a leader that was named and does not answer: who named it knows no better.
+        if named.is_none() {
             self.next = (self.next + 1) % self.replicas.len().max(1);
         }
         self.leader = named;
@@ -98,14 +99,14 @@ mod tests {
         assert_eq!(controllers.current(), "b:2");
         assert!(controllers.failed(&not_leader(Some("c:3"))));
         assert_eq!(controllers.current(), "c:3");
-        // The leader is gone: back to those that were named.
+        // The leader is gone, or cannot be reached from here: whoever named it is not asked again at once.
         assert!(!controllers.failed(&broken));
-        assert_eq!(controllers.current(), "b:2");
-        assert!(!controllers.failed(&not_leader(None)));
         assert_eq!(controllers.current(), "a:1");
-        // A replica that names itself does not lead either.
-        assert!(!controllers.failed(&not_leader(Some("a:1"))));
+        assert!(!controllers.failed(&not_leader(None)));
         assert_eq!(controllers.current(), "b:2");
+        // A replica that names itself does not lead either.
+        assert!(!controllers.failed(&not_leader(Some("b:2"))));
+        assert_eq!(controllers.current(), "a:1");
     }
 
     #[test]

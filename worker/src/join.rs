@@ -69,6 +69,8 @@ pub(crate) fn start(joiner: Joiner, stop: CancellationToken) -> io::Result<JoinH
 impl Joiner {
     async fn run(mut self) {
         let mut backoff = BACKOFF_MIN;
+        // One redirect is followed at once; where replicas point to each other, the next waits its turn.
+        let mut redirected = false;
         let mut highest_term = 0;
         let mut readiness = self.membership.watch();
         loop {
@@ -77,7 +79,7 @@ impl Joiner {
                 Ok(()) => return,
                 Err(status) => {
                     let controller = self.controllers.current().to_owned();
-                    if self.controllers.failed(&status) {
+                    if self.controllers.failed(&status) && !std::mem::replace(&mut redirected, true) {
                         tracing::info!(controller, leader = self.controllers.current(), "another replica leads");
                         continue;
                     }
@@ -93,6 +95,7 @@ impl Joiner {
                 _ = readiness.wait_for(|readiness| *readiness == Readiness::Draining) => return,
             }
             backoff = (2 * backoff).min(BACKOFF_MAX);
+            redirected = false;
         }
     }
 

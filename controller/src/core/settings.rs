@@ -96,8 +96,8 @@ impl ModelSettings {
     pub(super) fn follow(&mut self, model: &str, members: &[&Member]) -> Option<Action> {
         let Intent::Automatic { latency_ms, floor } = self.intent else { return None };
         let ready: Vec<_> = members.iter().filter(|member| member.readiness == Readiness::Ready).collect();
-        let requests: u32 = ready.iter().map(|member| member.requests).sum();
-        let now = f64::from(requests) / ready.len().max(1) as f64;
+        let requests: u64 = ready.iter().map(|member| u64::from(member.requests)).sum();
+        let now = requests as f64 / ready.len().max(1) as f64;
         self.loads.push_back(now);
         if self.loads.len() > LOAD_TICKS {
             self.loads.pop_front();
