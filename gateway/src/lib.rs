@@ -11,9 +11,10 @@
 //! - `validate`, `settings`, `prompt`: raw request to valid request, resolved settings, token ids
 //! - `relay`: one stream from worker to client; continuation elsewhere
 //! - `stream`: order, no position twice, stop strings, text (pure)
-//! - `routes`, `watch`: which groups there are; following the controller
+//! - `routes`, `circuit`, `watch`: which groups there are; which of them break; following the controller
 //! - `upstream`, `tokenizers`: connections to workers; tokenizers by digest
 
+mod circuit;
 pub mod config;
 mod prompt;
 mod relay;

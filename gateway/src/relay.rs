@@ -81,7 +81,7 @@ pub(crate) struct Relay {
     /// The work that the present group holds.
     lease: Option<Lease>,
     /// The present group.
-    current: Option<(String, u64)>,
+    current: Option<Arc<Route>>,
 }
 
 impl Relay {
@@ -120,7 +120,7 @@ impl Relay {
         let mut last = None;
         for opening in 1.. {
             let route = self.route(last.as_ref()).await?;
-            self.current = Some((route.group.clone(), route.epoch));
+            self.current = Some(Arc::clone(&route));
             let message = self.message(&route);
             let rows = message.prompt_ids.len() as u64 + u64::from(self.job.settings.max_tokens);
             self.lease = Some(route.lease(rows.saturating_sub(message.committed_ids.len() as u64)));
@@ -128,6 +128,7 @@ impl Relay {
             let opened = self.upstream.workers.run(&route, &self.upstream.routes, message, self.job.deadline).await;
             let status = match opened {
                 Ok(stream) => {
+                    route.answered();
                     self.blocks_recomputed += recomputed;
                     self.attempts += 1;
                     return Ok(stream);
@@ -138,7 +139,7 @@ impl Relay {
             if verdict == Verdict::Final {
                 return Err(forward(&status));
             }
-            self.give_up_group(&status);
+            self.give_up_group(verdict, &status);
             if self.left().map_or(opening >= OPENINGS_MAX, |left| left.is_zero()) {
                 return Err(lost(verdict, &status));
             }
@@ -147,13 +148,17 @@ impl Relay {
         Err(lost(Verdict::Broken, &Status::unavailable("too many groups were asked")))
     }
 
-    fn give_up_group(&mut self, status: &Status) {
+    fn give_up_group(&mut self, verdict: Verdict, status: &Status) {
         self.lease = None;
         self.lost.get_or_insert_with(Instant::now);
-        let Some((group, epoch)) = self.current.take() else { return };
-        let (request_id, tokens) = (&self.job.request_id, self.assembler.ids().len());
+        let Some(route) = self.current.take() else { return };
+        if verdict == Verdict::Broken {
+            route.broke();
+        }
+        let (request_id, tokens, group, epoch) =
+            (&self.job.request_id, self.assembler.ids().len(), &route.group, route.epoch);
         tracing::warn!(request_id, group, epoch, tokens, %status, "going on elsewhere");
-        self.failed.push((group, epoch));
+        self.failed.push((group.clone(), epoch));
     }
 
     /// How much longer a stream waits for a group; `None` before it has begun.
@@ -261,10 +266,13 @@ impl Relay {
                 // An event that this version does not know.
                 Ok(Some(RunResponse { event: None })) => continue,
                 Ok(None) => Status::unavailable("the worker ended its stream early"),
-                Err(status) if judge(&status) == Verdict::Final => return Err(forward(&status)),
                 Err(status) => status,
             };
-            self.give_up_group(&status);
+            let verdict = judge(&status);
+            if verdict == Verdict::Final {
+                return Err(forward(&status));
+            }
+            self.give_up_group(verdict, &status);
             if let Some(reason) = self.over() {
                 let finish = self.finish(reason, 0);
                 return client.send(Event::Finish(finish)).await;

@@ -1,9 +1,10 @@
 //! Which groups serve which model: the controller's table, and how much of our own work each group holds.
 
+use crate::circuit::Circuit;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tonic::{Code, Status};
 use unmask_proto::rich::{self, Violation};
@@ -28,9 +29,20 @@ pub(crate) struct Route {
     reported: u64,
     /// Rows of work this gateway has given it.
     own: Arc<AtomicU64>,
+    circuit: Arc<Circuit>,
 }
 
 impl Route {
+    /// It took a request.
+    pub(crate) fn answered(&self) {
+        self.circuit.close();
+    }
+
+    /// It broke, or the way to it did.
+    pub(crate) fn broke(&self) {
+        self.circuit.open(Instant::now());
+    }
+
     /// Counts `rows` as outstanding until the lease is dropped.
     pub(crate) fn lease(&self, rows: u64) -> Lease {
         self.own.fetch_add(rows, Ordering::Relaxed);
@@ -66,10 +78,11 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// The next table. Counts of own work carry over, so do the names of models.
+    /// The next table. Counts of own work carry over, so do the circuits of unchanged groups and the names of models.
     fn next(&self, table: WatchRoutesResponse) -> Table {
-        let own: HashMap<&str, &Arc<AtomicU64>> = self.routes.iter().map(|r| (r.group.as_str(), &r.own)).collect();
-        let routes: Vec<_> = table.routes.into_iter().take(ROUTES_MAX).filter_map(|route| read(route, &own)).collect();
+        let known: HashMap<&str, &Arc<Route>> = self.routes.iter().map(|r| (r.group.as_str(), r)).collect();
+        let routes: Vec<_> =
+            table.routes.into_iter().take(ROUTES_MAX).filter_map(|route| read(route, &known)).collect();
         let mut known: BTreeSet<String> = routes.iter().map(|route: &Arc<Route>| route.model.name.clone()).collect();
         let room = KNOWN_MODELS_MAX.saturating_sub(known.len());
         let earlier: Vec<_> = self.known.difference(&known).take(room).cloned().collect();
@@ -83,16 +96,17 @@ impl Table {
         self.policies.get(model)
     }
 
-    /// Ready models by name, with their number of groups.
+    /// Ready models by name, with the number of their groups that do not fail at present.
     pub(crate) fn models(&self) -> Vec<v1::Model> {
         let mut models: Vec<v1::Model> = Vec::new();
         for route in &self.routes {
+            let ready = u32::from(route.circuit.is_closed());
             match models.iter_mut().find(|model| model.name == route.model.name) {
-                Some(model) => model.ready_groups += 1,
+                Some(model) => model.ready_groups += ready,
                 None => models.push(v1::Model {
                     name: route.model.name.clone(),
                     descriptor: Some(ModelDescriptor::clone(&route.model)),
-                    ready_groups: 1,
+                    ready_groups: ready,
                 }),
             }
         }
@@ -100,9 +114,17 @@ impl Table {
         models
     }
 
-    /// The less loaded of two groups drawn among those that `wanted` admits ("power of two choices").
+    /// Among groups that `wanted` admits: one whose circuit is due for a probe, else the less loaded of two drawn
+    /// among those with a closed circuit ("power of two choices"), else of two drawn among all.
     pub(crate) fn pick(&self, wanted: impl Fn(&Route) -> bool) -> Option<Arc<Route>> {
-        let candidates: Vec<_> = self.routes.iter().filter(|route| wanted(route)).collect();
+        let now = Instant::now();
+        let mut candidates: Vec<_> = self.routes.iter().filter(|route| wanted(route)).collect();
+        if let Some(probe) = candidates.iter().find(|route| route.circuit.probe(now)) {
+            return Some(Arc::clone(probe));
+        }
+        if candidates.iter().any(|route| route.circuit.is_closed()) {
+            candidates.retain(|route| route.circuit.is_closed());
+        }
         let draw = || candidates.get(rand::random_range(0..candidates.len().max(1)));
         let (first, second) = (draw()?, draw()?);
         Some(Arc::clone(if second.load() < first.load() { second } else { first }))
@@ -145,12 +167,16 @@ fn not_ready(message: &str) -> Status {
     rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
 }
 
-fn read(route: v1::Route, own: &HashMap<&str, &Arc<AtomicU64>>) -> Option<Arc<Route>> {
+fn read(route: v1::Route, known: &HashMap<&str, &Arc<Route>>) -> Option<Arc<Route>> {
     let Some(descriptor) = route.descriptor else {
         tracing::warn!(group = route.group_id, "a route without a descriptor is left out");
         return None;
     };
-    let own = own.get(route.group_id.as_str()).map_or_else(Default::default, |own| Arc::clone(own));
+    let known = known.get(route.group_id.as_str());
+    let own = known.map_or_else(Default::default, |known| Arc::clone(&known.own));
+    // Another epoch is another incarnation: what broke is gone.
+    let same = known.filter(|known| known.epoch == route.epoch && known.endpoint == route.endpoint);
+    let circuit = same.map_or_else(Default::default, |same| Arc::clone(&same.circuit));
     let name = if route.model.is_empty() { descriptor.name } else { route.model };
     Some(Arc::new(Route {
         group: route.group_id,
@@ -159,6 +185,7 @@ fn read(route: v1::Route, own: &HashMap<&str, &Arc<AtomicU64>>) -> Option<Arc<Ro
         model: Arc::new(ModelDescriptor { name, ..descriptor }),
         reported: route.outstanding_rows,
         own,
+        circuit,
     }))
 }
 
@@ -241,5 +268,23 @@ mod tests {
         drop(lease);
         assert!(count("2") > 240);
         assert!(routes.table().pick(|_| false).is_none());
+    }
+
+    #[test]
+    fn a_group_that_broke_is_passed_over_until_its_next_epoch_or_when_there_is_no_other() {
+        let routes = Routes::new();
+        routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
+        let taken = |group: &str| {
+            (0..100).filter(|_| routes.table().pick(|_| true).is_some_and(|route| route.group == group)).count()
+        };
+        routes.table().pick(|route| route.group == "1").unwrap().broke();
+        assert_eq!(taken("1"), 0);
+        assert_eq!(routes.table().models()[0].ready_groups, 1);
+        // The same incarnation stays what it was, and is better than none.
+        routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
+        assert_eq!(taken("1"), 0);
+        assert!(routes.table().pick(|route| route.group == "1").is_some());
+        routes.replace(table(vec![v1::Route { epoch: 2, ..route("a", "1", 0) }, route("a", "2", 0)]));
+        assert!(taken("1") > 0);
     }
 }

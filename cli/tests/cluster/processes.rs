@@ -7,7 +7,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 use unmask::local::{Gateway, gateway};
-use unmask_proto::v1::ListModelsRequest;
+use unmask_proto::v1::admin_service_client::AdminServiceClient;
+use unmask_proto::v1::{GetStatusRequest, ListModelsRequest, WorkerState};
 
 /// Bounds every wait: far beyond what anything takes.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -30,6 +31,7 @@ impl Process {
         let mut child = Command::new(env!("CARGO_BIN_EXE_unmask"))
             .args(arguments)
             .args(["--listen", listen])
+            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "error".into()))
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -148,6 +150,32 @@ impl Cluster {
 
     pub fn endpoints(&self) -> Vec<String> {
         self.gateways.iter().map(|gateway| gateway.address.clone()).collect()
+    }
+
+    /// The epoch in which the first controller has a worker; 0 when it does not serve.
+    pub async fn epoch(&self, worker: &str) -> u64 {
+        let controller = format!("http://{}", self.controllers[0].address);
+        let mut client = AdminServiceClient::connect(controller).await.unwrap();
+        let members = client.get_status(GetStatusRequest {}).await.unwrap().into_inner().members;
+        let serves = |member: &&unmask_proto::v1::Member| {
+            member.endpoint == worker && member.connected && member.state() == WorkerState::Ready
+        };
+        members.iter().find(serves).map_or(0, |member| member.epoch)
+    }
+
+    /// Starts a worker that was killed, and waits until it serves in an epoch after `epoch`. That a gateway has so many
+    /// groups would not do: one that was just killed may still be among them.
+    pub async fn restart_worker(&mut self, address: &str, epoch: u64) {
+        self.workers.push(self.worker(address));
+        let serving = async {
+            while self.epoch(address).await <= epoch {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, serving).await.expect("the worker serves again");
+        for gateway in 0..self.gateways.len() {
+            self.serving(gateway, self.workers.len() as u32).await;
+        }
     }
 
     /// Waits until a gateway has so many groups.
