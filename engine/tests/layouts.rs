@@ -26,6 +26,7 @@ fn model(reach: Reach, shift: bool) -> Arc<Model> {
         layers: 2,
         hidden: 48,
         ffn: 64,
+        moe: None,
         heads: HeadShape { heads: 4, kv_heads: 2, head_dim: 16 },
         vocab_rows: 400,
         tokenizer_size: 400,

@@ -9,6 +9,7 @@
 //! - [`pack`], [`gemm`]: products with packed weights, the bulk of a step
 //! - [`dense`]: products of two plain matrices, for the trainer
 //! - [`kv`], [`rope`], [`attention`]: key/value pages and what reads them
+//! - [`experts`]: routers, and products of those rows that go to an expert
 //! - [`norm`], [`embed`], [`vocab`]: the rest of a step
 //! - [`comm`]: sums and messages between the ranks of a group
 //! - [`roof`]: the most that a machine can do
@@ -24,6 +25,7 @@ pub mod comm;
 pub mod dense;
 pub mod embed;
 mod exp;
+pub mod experts;
 pub mod file;
 pub mod gemm;
 pub mod isa;
@@ -40,6 +42,7 @@ pub mod vocab;
 
 pub use dense::MatRef;
 pub use embed::EmbeddingTable;
+pub use experts::{Choice, Expert, ExpertBuffers, Router, Score};
 pub use file::{Mapped, map_read_only};
 pub use gemm::Epilogue;
 pub use isa::{Isa, IsaError};

@@ -3,6 +3,7 @@
 //! Inputs are the same f32 buffers that the kernels take (round weights to their stored format first); outputs are f64.
 
 use crate::Epilogue;
+use crate::experts::{Router, Score};
 use crate::kv::{HeadShape, PAGE_SLOTS, Row};
 use crate::vocab::{Bans, Draw, gumbel};
 
@@ -20,6 +21,35 @@ pub fn gemm(x: &[f32], weights: &[f32], k: usize, epilogue: &Epilogue<'_>, befor
         }
     }
     out
+}
+
+/// Experts of one row with their weights, ascending by number (DeepSeek-V3, section 2.1.2; Qwen3-MoE without groups
+/// and bias): the highest scores among the best groups, where a group counts by its two best.
+pub fn choose(router: &Router, logits: &[f32], bias: &[f32]) -> Vec<(usize, f64)> {
+    let logits = widen(logits);
+    let total: f64 = logits.iter().map(|x| x.exp()).sum();
+    let score = |x: f64| match router.score {
+        Score::Softmax => x.exp() / total,
+        Score::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+    };
+    let scores: Vec<f64> = logits.iter().map(|&x| score(x)).collect();
+    let rank = |i: usize| scores[i] + bias.get(i).map_or(0.0, |&b| f64::from(b));
+    let descending = |a: &f64, b: &f64| b.total_cmp(a);
+    let size = router.experts / router.groups;
+    let worth = |group: usize| {
+        let mut ranks: Vec<f64> = (group * size..(group + 1) * size).map(rank).collect();
+        ranks.sort_by(descending);
+        ranks.iter().take(2).sum::<f64>()
+    };
+    let mut groups: Vec<usize> = (0..router.groups).collect();
+    groups.sort_by(|&a, &b| worth(b).total_cmp(&worth(a)));
+    groups.truncate(router.groups_chosen);
+    let mut all: Vec<usize> = (0..router.experts).filter(|i| groups.contains(&(i / size))).collect();
+    all.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)));
+    all.truncate(router.chosen);
+    all.sort_unstable();
+    let sum: f64 = if router.renormalise { all.iter().map(|&i| scores[i]).sum() } else { 1.0 };
+    all.into_iter().map(|i| (i, scores[i] / sum * f64::from(router.scale))).collect()
 }
 
 /// Rows of `table(vocab, width)` for each id.

@@ -113,6 +113,7 @@ impl Named {
             layers: self.layers,
             hidden: self.hidden,
             ffn: self.ffn,
+            moe: None,
             heads: self.heads,
             vocab_rows: self.vocab,
             tokenizer_size: self.vocab,

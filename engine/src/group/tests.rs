@@ -23,6 +23,7 @@ fn config(tied: bool) -> ModelConfig {
         layers: 2,
         hidden: 48,
         ffn: 72,
+        moe: None,
         heads: HeadShape { heads: 8, kv_heads: 2, head_dim: 16 },
         vocab_rows: 1200,
         tokenizer_size: 1190,

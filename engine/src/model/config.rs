@@ -1,6 +1,7 @@
 //! A checkpoint's configuration: family defaults, then its files, then the user's overrides; each value with its origin.
 
 use super::json::{Reader, ids, read_object};
+use super::moe::Moe;
 use super::tokens::{Tokens, VOCABULARY_MIN, eos_ids, infill};
 use super::{Family, LoadError, Reach};
 use crate::policy::{Comparison, Policy};
@@ -14,6 +15,8 @@ use unmask_kernels::HeadShape;
 const SIZE_MAX: u64 = 1 << 24;
 /// Largest head the kernels take.
 const HEAD_DIM_MAX: u64 = 256;
+/// Block sizes of models that were trained for none.
+const ANY_BLOCK_SIZES: [u32; 5] = [4, 8, 16, 32, 64];
 /// Keys of our own checkpoints; any other is an error there.
 const OWN_KEYS: [&str; 26] = [
     "architectures",
@@ -103,8 +106,10 @@ pub struct ModelConfig {
     pub layers: u32,
     /// Width of the residual stream.
     pub hidden: u32,
-    /// Width of the feed-forward part.
+    /// Width of the feed-forward part of dense layers.
     pub ffn: u32,
+    /// Experts, where layers have them.
+    pub moe: Option<Moe>,
     /// Heads.
     pub heads: HeadShape,
     /// Rows of embedding and head.
@@ -167,7 +172,7 @@ impl ModelConfig {
             found: architecture.or(model_type).unwrap_or("(none named)").to_owned(),
             known: Family::known(),
         })?;
-        let mut reader = Reader::new(&object);
+        let mut reader = Reader::new(&object, family.keys);
         reader.note("architecture", architecture.unwrap_or(family.name()), "config.json");
         let config = resolve(&mut reader, dir, family, &generation, &tokenizer, overrides);
         if reader.problems.is_empty() {
@@ -220,14 +225,17 @@ fn resolve(
     r.note("shift", family.shift, "family default");
     let infill = infill(r, vocab_rows);
     let edit = edit(r);
-    let decode = decode_defaults(r, &block_sizes);
+    let decode = decode_defaults(r, family, &block_sizes);
+    let layers = r.count("num_hidden_layers", 1, 1024, None) as u32;
+    let moe = Moe::read(r, family, layers);
     ModelConfig {
         name: name(r, dir),
         architecture: r.object.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str).unwrap_or("").into(),
         family,
-        layers: r.count("num_hidden_layers", 1, 1024, None) as u32,
+        layers,
         hidden,
         ffn: r.count("intermediate_size", 1, SIZE_MAX, None) as u32,
+        moe,
         heads,
         vocab_rows,
         tokenizer_size,
@@ -271,6 +279,11 @@ fn refuse_what_is_not_implemented(r: &mut Reader<'_>, family: Family) {
     }
     if r.value("mlp_bias") == Some(&Value::Bool(true)) {
         r.problem("mlp_bias: biases of the feed-forward part are not implemented");
+    }
+    for &(key, only) in family.fixed {
+        if r.value(key).is_some_and(|value| value.to_string() != only) {
+            r.problem(format!("{key} must be {only}: anything else is not implemented"));
+        }
     }
     if family.name() == "unmask" {
         refuse_what_own_checkpoints_lack(r, family);
@@ -388,6 +401,8 @@ fn block_sizes(r: &mut Reader<'_>, family: Family, overrides: &Overrides) -> Vec
         (Some(size), _) => (vec![size], "override"),
         (None, Some(Some(sizes))) => (sizes, "config.json"),
         (None, Some(None)) => (Vec::new(), "config.json"),
+        // What reads everything at once was trained for no size.
+        (None, None) if family.open_reach == Reach::Bidirectional => (ANY_BLOCK_SIZES.to_vec(), "family default"),
         (None, None) => (vec![family.block_size], "family default"),
     };
     sizes.sort_unstable();
@@ -399,7 +414,7 @@ fn block_sizes(r: &mut Reader<'_>, family: Family, overrides: &Overrides) -> Vec
     sizes
 }
 
-fn decode_defaults(r: &mut Reader<'_>, block_sizes: &[u32]) -> DecodeDefaults {
+fn decode_defaults(r: &mut Reader<'_>, family: Family, block_sizes: &[u32]) -> DecodeDefaults {
     let stated: Option<DecodeDefaults> = r.own("decode");
     if let Some(decode) = stated {
         let size = decode.block_size;
@@ -422,8 +437,9 @@ fn decode_defaults(r: &mut Reader<'_>, block_sizes: &[u32]) -> DecodeDefaults {
     } else {
         Policy::Threshold { tau: 0.9, comparison: Comparison::Strict, quota_steps: None }
     };
+    let first = block_sizes.first().copied().unwrap_or(1);
     let decode = DecodeDefaults {
-        block_size: block_sizes.first().copied().unwrap_or(1),
+        block_size: [family.block_size].into_iter().find(|size| block_sizes.contains(size)).unwrap_or(first),
         policy,
         max_tokens: 256,
         temperature: 0.0,

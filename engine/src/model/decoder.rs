@@ -1,5 +1,6 @@
 //! The decoder of Llama-, Qwen2- and Qwen3-like models: RMSNorm, rotary attention, SwiGLU (Touvron et al. 2023).
 
+use super::ffn::FfnScratch;
 use super::link::{Alone, Link, Operation};
 use super::loader::{Embedding, Layer, Loader, Share, Source};
 use super::weights::Weights;
@@ -50,8 +51,8 @@ impl Default for LoadOptions {
 
 /// A loaded model.
 pub struct Model {
-    config: ModelConfig,
-    cpu: Arc<Cpu>,
+    pub(super) config: ModelConfig,
+    pub(super) cpu: Arc<Cpu>,
     kv_type: KvType,
     dtype: WeightType,
     embedding: Embedding,
@@ -59,11 +60,9 @@ pub struct Model {
     norm: Vec<f32>,
     /// The rank's rows of the vocabulary.
     head: Option<Packed>,
-    vocab: VocabShard,
+    pub(super) vocab: VocabShard,
     /// The rank's heads.
     heads: HeadShape,
-    /// The rank's columns of the feed-forward part.
-    ffn: usize,
     rotary: Rotary,
     numerics_id: String,
     parameters: u64,
@@ -81,10 +80,7 @@ pub struct Scratch {
     qkv: Vec<f32>,
     /// (rows, heads * head_dim)
     mixed: Vec<f32>,
-    /// (rows, ffn)
-    gated: Vec<f32>,
-    /// The rank's part of a sum over ranks (rows, hidden).
-    partial: Vec<f32>,
+    ffn: FfnScratch,
     outputs: usize,
 }
 
@@ -149,7 +145,6 @@ impl Model {
             norm: loader.norm(),
             head: loader.head(),
             heads: share.heads(&config.heads),
-            ffn: config.ffn as usize / share.ranks,
             vocab: share.vocab(&config),
             rotary,
             kv_type: options.kv_type,
@@ -227,22 +222,24 @@ impl Model {
 
     /// Bytes of the packed weights.
     pub fn weight_bytes(&self) -> usize {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.gate_up, &l.down]).chain(&self.head);
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.out].into_iter().chain(l.ffn.products()));
         let table = if let Embedding::Table(table) = &self.embedding { table.bytes() } else { 0 };
-        layers.map(Packed::bytes).sum::<usize>() + table
+        layers.chain(&self.head).map(Packed::bytes).sum::<usize>() + table
     }
 
     /// Buffers for steps of up to `rows_max` rows.
     pub fn new_scratch(&self, rows_max: usize) -> Scratch {
-        let (hidden, shared) = (self.config.hidden as usize, self.vocab.ranks > 1);
+        let (hidden, ranks, config) = (self.config.hidden as usize, self.vocab.ranks, &self.config);
+        let moe = config.moe.as_ref();
+        let widest = config.ffn.max(moe.map_or(0, |moe| moe.shared_ffn)) as usize / ranks;
+        let experts = moe.map(|moe| (&moe.router, moe.ffn as usize / ranks));
         Scratch {
             rows_max,
             stream: vec![0.0; rows_max * hidden],
             normed: vec![0.0; rows_max * hidden],
             qkv: vec![0.0; rows_max * self.heads.qkv_width()],
             mixed: vec![0.0; rows_max * self.heads.out_width()],
-            gated: vec![0.0; rows_max * self.ffn],
-            partial: vec![0.0; if shared { rows_max * hidden } else { 0 }],
+            ffn: FfnScratch::new(rows_max, hidden, widest, ranks, experts),
             outputs: 0,
         }
     }
@@ -282,20 +279,18 @@ impl Model {
         let mut count = count;
         for (index, layer) in self.layers.iter().enumerate() {
             self.attend(index, rows, kv, scratch, link);
-            let Scratch { stream, normed, mixed, gated, partial, .. } = scratch;
+            let Scratch { stream, normed, mixed, ffn, .. } = scratch;
             if index + 1 == self.layers.len() {
                 keep_rows(stream, hidden, outputs);
                 keep_rows(mixed, self.heads.out_width(), outputs);
                 count = outputs.len();
             }
             let (stream, normed) = (&mut stream[..count * hidden], &mut normed[..count * hidden]);
-            let (mixed, gated) = (&mixed[..count * self.heads.out_width()], &mut gated[..count * self.ffn]);
-            self.add_product(mixed, &layer.out, stream, partial, link, Operation::Out)?;
+            let mixed = &mixed[..count * self.heads.out_width()];
+            self.add_product(mixed, &layer.out, stream, &mut ffn.partial, link, Operation::Out)?;
             self.cpu.rms_norm(stream, &layer.ffn_norm, eps, normed);
             link.after(Operation::Norm);
-            self.cpu.gemm(normed, &layer.gate_up, Epilogue::SiluMul, gated);
-            link.after(Operation::GateUp);
-            self.add_product(gated, &layer.down, stream, partial, link, Operation::Down)?;
+            self.feed_forward(&layer.ffn, normed, stream, ffn, link)?;
         }
         let Scratch { stream, normed, .. } = scratch;
         self.cpu.rms_norm(&stream[..count * hidden], &self.norm, eps, &mut normed[..count * hidden]);
@@ -346,7 +341,7 @@ impl Model {
     }
 
     /// `stream += x W^T` for a W whose k is shared out among the ranks.
-    fn add_product<L: Link>(
+    pub(super) fn add_product<L: Link>(
         &self,
         x: &[f32],
         w: &Packed,

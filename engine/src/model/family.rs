@@ -1,7 +1,9 @@
 //! The facts that tell one family of checkpoints from another: a table row each.
 
 use super::Reach;
+use super::names::{LING, LLAMA, Names, OLMO};
 use crate::request::Ends;
+use unmask_kernels::Score;
 
 /// A family of checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +19,13 @@ pub struct Family {
     /// Block size where the config has none; 0 for autoregressive families.
     pub(super) block_size: u32,
     pub(super) mask_token: Option<&'static str>,
+    pub(super) names: &'static Names,
+    /// Keys of its configs that have another name elsewhere: theirs, then the usual one.
+    pub(super) keys: &'static [(&'static str, &'static str)],
+    /// Keys whose values this program cannot differ in: key, then the value as JSON.
+    pub(super) fixed: &'static [(&'static str, &'static str)],
+    /// How routers of its layers score, of families with experts.
+    pub(super) router: Option<Score>,
     ends: Ends,
     excludes_mask: bool,
 }
@@ -32,6 +41,10 @@ const AUTOREGRESSIVE: Family = Family {
     qkv_bias: false,
     block_size: 0,
     mask_token: None,
+    names: &LLAMA,
+    keys: &[],
+    fixed: &[],
+    router: None,
     ends: Ends { whole_last_block: true, at_first_stop: true },
     excludes_mask: false,
 };
@@ -50,33 +63,184 @@ const OWN: Family = Family {
     ..AUTOREGRESSIVE
 };
 
+/// What reads everything at once: each row attends to all others.
+const BIDIRECTIONAL: Family = Family {
+    open_reach: Reach::Bidirectional,
+    kept_reach: Reach::Bidirectional,
+    block_size: 32,
+    mask_token: Some("<|mask|>"),
+    ..AUTOREGRESSIVE
+};
+
+/// What reads block by block.
+const BLOCK_CAUSAL: Family =
+    Family { open_reach: Reach::Block, kept_reach: Reach::Block, ends: AT_BLOCK_END, ..AUTOREGRESSIVE };
+
+/// The last block is decoded whole, and a stop token counts when its block is full.
+const AT_BLOCK_END: Ends = Ends { whole_last_block: true, at_first_stop: false };
+
+const SDAR: Family = Family {
+    name: "sdar",
+    architecture: "SDARForCausalLM",
+    model_type: "sdar",
+    qk_norm: true,
+    block_size: 4,
+    mask_token: Some("<|MASK|>"),
+    ..BLOCK_CAUSAL
+};
+
+const LLADA: Family = Family {
+    name: "llada",
+    architecture: "LLaDAModelLM",
+    model_type: "llada",
+    mask_token: Some("<|mdm_mask|>"),
+    names: &OLMO,
+    keys: &[
+        ("d_model", "hidden_size"),
+        ("n_layers", "num_hidden_layers"),
+        ("n_heads", "num_attention_heads"),
+        ("n_kv_heads", "num_key_value_heads"),
+        ("mlp_hidden_size", "intermediate_size"),
+        ("embedding_size", "vocab_size"),
+        ("max_sequence_length", "max_position_embeddings"),
+        ("weight_tying", "tie_word_embeddings"),
+        ("activation_type", "hidden_act"),
+    ],
+    fixed: &[
+        ("block_type", "\"llama\""),
+        ("layer_norm_type", "\"rms\""),
+        ("rope", "true"),
+        ("alibi", "false"),
+        ("attention_layer_norm", "false"),
+        ("include_bias", "false"),
+        ("include_qkv_bias", "false"),
+        ("input_emb_norm", "false"),
+        ("scale_logits", "false"),
+    ],
+    ..BIDIRECTIONAL
+};
+
+const LLADA_MOE: Family = Family {
+    name: "llada_moe",
+    architecture: "LLaDAMoEModelLM",
+    // Theirs is "llada" too.
+    model_type: "llada_moe",
+    qk_norm: true,
+    router: Some(Score::Softmax),
+    keys: &[
+        ("expert_intermediate_size", "moe_intermediate_size"),
+        ("dense_intermediate_size", "intermediate_size"),
+        ("moe_router_score_function", "score_function"),
+        ("router_num_group", "n_group"),
+    ],
+    fixed: &[("qk_layernorm", "true"), ("shared_expert_intermediate_size", "null"), ("clip_qkv", "null")],
+    ..BIDIRECTIONAL
+};
+
+const LLADA2_MOE: Family = Family {
+    name: "llada2_moe",
+    architecture: "LLaDA2MoeModelLM",
+    model_type: "llada2_moe",
+    qk_norm: true,
+    block_size: 32,
+    mask_token: Some("<|mask|>"),
+    names: &LING,
+    router: Some(Score::Sigmoid),
+    fixed: &[
+        ("use_bias", "false"),
+        ("use_qkv_bias", "false"),
+        ("use_qk_norm", "true"),
+        ("use_rmsnorm", "true"),
+        ("norm_head", "false"),
+        ("norm_softmax", "false"),
+        ("using_split_qkv_in_self_attention", "false"),
+    ],
+    ..BLOCK_CAUSAL
+};
+
 /// Every family this program loads. Sources: the authors' configurations and modelling code.
-const FAMILIES: [Family; 6] = [
+const FAMILIES: [Family; 17] = [
     Family { name: "llama", architecture: "LlamaForCausalLM", model_type: "llama", ..AUTOREGRESSIVE },
     Family { name: "qwen2", architecture: "Qwen2ForCausalLM", model_type: "qwen2", qkv_bias: true, ..AUTOREGRESSIVE },
     Family { name: "qwen3", architecture: "Qwen3ForCausalLM", model_type: "qwen3", qk_norm: true, ..AUTOREGRESSIVE },
     Family {
-        name: "stable_diffcoder",
-        architecture: "StableDiffcoderForCausalLM",
-        model_type: "stable_diffcoder",
-        open_reach: Reach::Block,
-        kept_reach: Reach::Block,
-        block_size: 4,
-        mask_token: Some("<[MASK_TOKEN]>"),
-        ends: Ends { whole_last_block: false, at_first_stop: false },
+        name: "qwen3_moe",
+        architecture: "Qwen3MoeForCausalLM",
+        model_type: "qwen3_moe",
+        qk_norm: true,
+        router: Some(Score::Softmax),
         ..AUTOREGRESSIVE
     },
     Family {
-        name: "sdar",
-        architecture: "SDARForCausalLM",
-        model_type: "sdar",
-        open_reach: Reach::Block,
-        kept_reach: Reach::Block,
-        qk_norm: true,
+        name: "stable_diffcoder",
+        architecture: "StableDiffcoderForCausalLM",
+        model_type: "stable_diffcoder",
         block_size: 4,
-        mask_token: Some("<|MASK|>"),
-        ends: Ends { whole_last_block: true, at_first_stop: false },
-        ..AUTOREGRESSIVE
+        mask_token: Some("<[MASK_TOKEN]>"),
+        ends: Ends { whole_last_block: false, at_first_stop: false },
+        ..BLOCK_CAUSAL
+    },
+    SDAR,
+    Family {
+        name: "sdar_moe",
+        architecture: "SDARMoeForCausalLM",
+        model_type: "sdar_moe",
+        router: Some(Score::Softmax),
+        ..SDAR
+    },
+    Family {
+        name: "fast_dllm_v2",
+        architecture: "Fast_dLLM_QwenForCausalLM",
+        model_type: "Fast_dLLM_Qwen",
+        shift: true,
+        qkv_bias: true,
+        block_size: 32,
+        mask_token: Some("|<MASK>|"),
+        keys: &[("bd_size", "block_size")],
+        ..BLOCK_CAUSAL
+    },
+    LLADA2_MOE,
+    LLADA,
+    LLADA_MOE,
+    // Dream, Dream-Coder, DiffuCoder.
+    Family {
+        name: "dream",
+        architecture: "DreamModel",
+        model_type: "Dream",
+        shift: true,
+        qkv_bias: true,
+        ..BIDIRECTIONAL
+    },
+    Family {
+        name: "coda",
+        architecture: "CoDALanguageModel",
+        model_type: "CoDA",
+        shift: true,
+        qk_norm: true,
+        ..BIDIRECTIONAL
+    },
+    Family {
+        name: "rnd1",
+        architecture: "RND1LM",
+        model_type: "rnd1",
+        shift: true,
+        qk_norm: true,
+        router: Some(Score::Softmax),
+        ..BIDIRECTIONAL
+    },
+    Family {
+        name: "a2d_qwen2",
+        architecture: "A2DQwen2LMHeadModel",
+        model_type: "a2d-qwen2",
+        qkv_bias: true,
+        ..BIDIRECTIONAL
+    },
+    Family {
+        name: "a2d_qwen3",
+        architecture: "A2DQwen3LMHeadModel",
+        model_type: "a2d-qwen3",
+        qk_norm: true,
+        ..BIDIRECTIONAL
     },
     OWN,
 ];

@@ -18,18 +18,25 @@ pub(super) fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Loa
 /// Values resolved so far, and problems found.
 pub(super) struct Reader<'a> {
     pub(super) object: &'a Map<String, Value>,
+    /// Keys that are called otherwise here: the name here, then the usual one.
+    names: &'static [(&'static str, &'static str)],
     pub(super) entries: Vec<Entry>,
     pub(super) problems: Vec<String>,
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(object: &'a Map<String, Value>) -> Self {
-        Self { object, entries: Vec::new(), problems: Vec::new() }
+    pub(super) fn new(object: &'a Map<String, Value>, names: &'static [(&'static str, &'static str)]) -> Self {
+        Self { object, names, entries: Vec::new(), problems: Vec::new() }
+    }
+
+    /// What the object calls `key`.
+    fn name<'k>(&self, key: &'k str) -> &'k str {
+        self.names.iter().find(|(_, usual)| *usual == key).map_or(key, |(here, _)| here)
     }
 
     /// The value of `key`, absent when null.
     pub(super) fn value(&self, key: &str) -> Option<&'a Value> {
-        self.object.get(key).filter(|value| !value.is_null())
+        self.object.get(self.name(key)).filter(|value| !value.is_null())
     }
 
     pub(super) fn note(&mut self, key: &str, value: impl ToString, origin: &'static str) {
@@ -49,7 +56,7 @@ impl<'a> Reader<'a> {
                     n
                 }
                 None => {
-                    self.problem(format!("{key} must be a whole number from {min} to {max}, is {value}"));
+                    self.problem(format!("{} must be a whole number from {min} to {max}, is {value}", self.name(key)));
                     min
                 }
             },
@@ -58,7 +65,7 @@ impl<'a> Reader<'a> {
                 n
             }
             (None, None) => {
-                self.problem(format!("{key} is missing"));
+                self.problem(format!("{} is missing", self.name(key)));
                 min
             }
         }
@@ -72,11 +79,11 @@ impl<'a> Reader<'a> {
                 x
             }
             Some((value, None)) => {
-                self.problem(format!("{key} must be a number above 0, is {value}"));
+                self.problem(format!("{} must be a number above 0, is {value}", self.name(key)));
                 1.0
             }
             None => {
-                self.problem(format!("{key} is missing"));
+                self.problem(format!("{} is missing", self.name(key)));
                 1.0
             }
         }
@@ -90,7 +97,7 @@ impl<'a> Reader<'a> {
                 flag
             }
             Some((None, value)) => {
-                self.problem(format!("{key} must be true or false, is {value}"));
+                self.problem(format!("{} must be true or false, is {value}", self.name(key)));
                 default
             }
             None => {
@@ -105,7 +112,7 @@ impl<'a> Reader<'a> {
         let value = self.value(key)?;
         let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
         if id.is_none() {
-            self.problem(format!("{key} must be a token id, is {value}"));
+            self.problem(format!("{} must be a token id, is {value}", self.name(key)));
         }
         id
     }

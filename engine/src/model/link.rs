@@ -21,6 +21,10 @@ pub enum Operation {
     GateUp,
     /// Product back to the stream, with the residual.
     Down,
+    /// Which experts rows go to.
+    Router,
+    /// Products of the experts, and their sum.
+    Experts,
     /// Product with the head, and the reduction of its logits.
     Head,
     /// Sums over the ranks of a group.
@@ -39,6 +43,8 @@ impl Operation {
             Operation::Out => "out",
             Operation::GateUp => "gate_up",
             Operation::Down => "down",
+            Operation::Router => "router",
+            Operation::Experts => "experts",
             Operation::Head => "head",
             Operation::AllReduce => "all_reduce",
         }

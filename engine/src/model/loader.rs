@@ -1,10 +1,12 @@
 //! Tensors to packed products, row by row: no tensor is ever held a second time.
 
 use super::ModelConfig;
+use super::ffn::Ffn;
+use super::names::Projections;
 use super::weights::floats;
 use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
-use unmask_kernels::{Cpu, EmbeddingTable, HeadShape, Packed, ProductShape, VocabShard, WeightType};
+use unmask_kernels::{Cpu, EmbeddingTable, Expert, HeadShape, Packed, ProductShape, VocabShard, WeightType};
 
 /// Which part of a model one rank of a group holds: heads and feed-forward columns are shared out, and the vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +33,12 @@ impl Share {
         if !heads.is_multiple_of(ranks) || !(kv.is_multiple_of(ranks) || ranks.is_multiple_of(kv)) {
             problems.push(format!("{heads} heads over {kv} key/value heads cannot be shared by {ranks} ranks"));
         }
-        for (name, size) in [("intermediate_size", config.ffn as usize), ("heads * head_dim", config.heads.out_width())]
-        {
+        let moe = config.moe.as_ref();
+        for (name, size) in [
+            ("intermediate_size", config.ffn as usize),
+            ("moe_intermediate_size", moe.map_or(0, |moe| moe.ffn as usize)),
+            ("heads * head_dim", config.heads.out_width()),
+        ] {
             if ranks > 1 && !size.is_multiple_of(unmask_kernels::PIECES) {
                 problems.push(format!("{name} {size} is not a multiple of {}", unmask_kernels::PIECES));
             }
@@ -110,9 +116,7 @@ pub(super) struct Layer {
     pub(super) k_norm: Vec<f32>,
     pub(super) out: Packed,
     pub(super) ffn_norm: Vec<f32>,
-    /// Rows gate 0, up 0, gate 1, up 1, ..
-    pub(super) gate_up: Packed,
-    pub(super) down: Packed,
+    pub(super) ffn: Ffn,
 }
 
 /// Rows of the embedding.
@@ -134,16 +138,21 @@ pub(super) struct Loader<'a> {
 
 impl Loader<'_> {
     pub(super) fn norm(&self) -> Vec<f32> {
-        self.source.vector("model.norm.weight", self.config.hidden as usize)
+        self.source.vector(&format!("{}.weight", self.config.family.names.norm), self.config.hidden as usize)
+    }
+
+    fn embedding_name(&self) -> String {
+        format!("{}.weight", self.config.family.names.embedding)
     }
 
     /// The head, unless the rank has no rows of it.
     pub(super) fn head(&self) -> Option<Packed> {
-        let name = if self.config.tied { EMBEDDING } else { "lm_head.weight" };
+        let head = || format!("{}.weight", self.config.family.names.head);
+        let name = if self.config.tied { self.embedding_name() } else { head() };
         let ids = self.share.vocab(self.config).ids();
         (!ids.is_empty()).then(|| {
             let shape = ProductShape::new(ids.len(), self.config.hidden as usize);
-            self.cpu.pack_rows(shape, self.dtype, &|row, out| self.source.row(name, ids.start + row, out))
+            self.cpu.pack_rows(shape, self.dtype, &|row, out| self.source.row(&name, ids.start + row, out))
         })
     }
 
@@ -152,40 +161,74 @@ impl Loader<'_> {
             return Embedding::Tied;
         }
         let (vocab, hidden) = (self.config.vocab_rows as usize, self.config.hidden as usize);
-        let row = |row, out: &mut [f32]| self.source.row(EMBEDDING, row, out);
+        let name = self.embedding_name();
+        let row = |row, out: &mut [f32]| self.source.row(&name, row, out);
         Embedding::Table(EmbeddingTable::new(vocab, hidden, self.dtype, &row))
     }
 
     pub(super) fn layer(&self, layer: u32) -> Layer {
-        let (hidden, dim) = (self.config.hidden as usize, self.config.heads.head_dim);
-        let at = |name: &str| format!("model.layers.{layer}.{name}");
-        let vector = |name: &str, len| self.source.vector(&at(name), len);
-        let norms = if self.config.qk_norm { dim } else { 0 };
-        let down = ProductShape::new(hidden, self.config.ffn as usize);
+        let (hidden, names) = (self.config.hidden as usize, self.config.family.names);
+        let at = |name: &str| format!("{}.{layer}.{name}", names.layers);
+        let vector = |name: &str, len| self.source.vector(&format!("{}.weight", at(name)), len);
+        let norms = if self.config.qk_norm { self.config.heads.head_dim } else { 0 };
         let out = ProductShape::new(hidden, self.config.heads.out_width());
         Layer {
-            attention_norm: vector("input_layernorm.weight", hidden),
-            qkv: self.qkv(&at("self_attn")),
-            qkv_bias: self.config.qkv_bias.then(|| self.qkv_bias(&at("self_attn"))),
-            q_norm: vector("self_attn.q_norm.weight", norms),
-            k_norm: vector("self_attn.k_norm.weight", norms),
-            out: self.row_parallel(&at("self_attn.o_proj.weight"), out),
-            ffn_norm: vector("post_attention_layernorm.weight", hidden),
-            gate_up: self.gate_up(&at("mlp")),
-            down: self.row_parallel(&at("mlp.down_proj.weight"), down),
+            attention_norm: vector(names.attention_norm, hidden),
+            qkv: self.qkv(&at),
+            qkv_bias: self.config.qkv_bias.then(|| self.qkv_bias(&at)),
+            q_norm: vector(names.q_norm, norms),
+            k_norm: vector(names.k_norm, norms),
+            out: self.row_parallel(&format!("{}.weight", at(names.out)), out),
+            ffn_norm: vector(names.ffn_norm, hidden),
+            ffn: self.ffn(layer, &at),
         }
     }
 
-    /// Per projection its name, the rank's first row and the rank's rows.
+    fn ffn(&self, layer: u32, at: &dyn Fn(&str) -> String) -> Ffn {
+        let names = self.config.family.names;
+        let Some(moe) = self.config.moe.as_ref().filter(|moe| moe.covers(layer)) else {
+            return Ffn::Dense(self.expert(self.config.ffn, &|name| at(&names.dense(name))));
+        };
+        let count = moe.router.experts;
+        let router = format!("{}.weight", at(&names.router()));
+        let shape = ProductShape::new(count, self.config.hidden as usize);
+        Ffn::Experts {
+            router: self.cpu.pack_rows(shape, WeightType::F32, &|row, out| self.source.row(&router, row, out)),
+            bias: self.source.vector(&at(&names.expert_bias()), if moe.bias { count } else { 0 }),
+            experts: (0..count as u32).map(|e| self.expert(moe.ffn, &|name| at(&names.expert(e, name)))).collect(),
+            shared: (moe.shared_ffn > 0).then(|| self.expert(moe.shared_ffn, &|name| at(&names.shared(name)))),
+        }
+    }
+
+    /// A feed-forward part of `width` columns over all ranks.
+    fn expert(&self, width: u32, name: &dyn Fn(&str) -> String) -> Expert {
+        let names = self.config.family.names;
+        let [gate, up, down] = [names.gate, names.up, names.down].map(|part| format!("{}.weight", name(part)));
+        Expert {
+            gate_up: self.gate_up(width, [gate, up]),
+            down: self.row_parallel(&down, ProductShape::new(self.config.hidden as usize, width as usize)),
+        }
+    }
+
+    /// Per projection its tensor, the rank's first row there and the rank's rows.
     fn projections(&self) -> [(&'static str, usize, usize); 3] {
         let (whole, dim) = (&self.config.heads, self.config.heads.head_dim);
         let own = self.share.heads(whole);
-        let kv = (self.share.first_kv_head(whole) * dim, own.kv_heads * dim);
-        [("q", self.share.rank * own.heads * dim, own.heads * dim), ("k", kv.0, kv.1), ("v", kv.0, kv.1)]
+        let (q, kv) = (whole.heads * dim, whole.kv_heads * dim);
+        let (first, first_kv) = (self.share.rank * own.heads * dim, self.share.first_kv_head(whole) * dim);
+        let (names, bases) = match self.config.family.names.projections {
+            Projections::Split(names) => (names, [0, 0, 0]),
+            Projections::Fused(name) => ([name; 3], [0, q, q + kv]),
+        };
+        [
+            (names[0], bases[0] + first, own.heads * dim),
+            (names[1], bases[1] + first_kv, own.kv_heads * dim),
+            (names[2], bases[2] + first_kv, own.kv_heads * dim),
+        ]
     }
 
-    fn qkv(&self, prefix: &str) -> Packed {
-        let parts = self.projections().map(|(name, from, rows)| (format!("{prefix}.{name}_proj.weight"), from, rows));
+    fn qkv(&self, at: &dyn Fn(&str) -> String) -> Packed {
+        let parts = self.projections().map(|(name, from, rows)| (format!("{}.weight", at(name)), from, rows));
         let shape = ProductShape::new(parts.iter().map(|part| part.2).sum(), self.config.hidden as usize);
         self.cpu.pack_rows(shape, self.dtype, &|mut row, out| {
             for (name, from, rows) in &parts {
@@ -197,19 +240,21 @@ impl Loader<'_> {
         })
     }
 
-    fn qkv_bias(&self, prefix: &str) -> Vec<f32> {
-        let dim = self.config.heads.head_dim;
-        let whole = [self.config.heads.heads, self.config.heads.kv_heads, self.config.heads.kv_heads];
-        let parts = self.projections().into_iter().zip(whole);
-        let biases = parts.map(|((name, from, rows), heads)| {
-            self.source.vector(&format!("{prefix}.{name}_proj.bias"), heads * dim)[from..from + rows].to_vec()
+    fn qkv_bias(&self, at: &dyn Fn(&str) -> String) -> Vec<f32> {
+        let (whole, dim) = (&self.config.heads, self.config.heads.head_dim);
+        let (q, kv) = (whole.heads * dim, whole.kv_heads * dim);
+        let lengths = match self.config.family.names.projections {
+            Projections::Split(_) => [q, kv, kv],
+            Projections::Fused(_) => [q + 2 * kv; 3],
+        };
+        let biases = self.projections().into_iter().zip(lengths).map(|((name, from, rows), length)| {
+            self.source.vector(&format!("{}.bias", at(name)), length)[from..from + rows].to_vec()
         });
         biases.flatten().collect()
     }
 
-    fn gate_up(&self, prefix: &str) -> Packed {
-        let rows = self.config.ffn as usize / self.share.ranks;
-        let names = ["gate", "up"].map(|name| format!("{prefix}.{name}_proj.weight"));
+    fn gate_up(&self, width: u32, names: [String; 2]) -> Packed {
+        let rows = width as usize / self.share.ranks;
         let shape = ProductShape { gated: true, ..ProductShape::new(2 * rows, self.config.hidden as usize) };
         let first = self.share.rank * rows;
         self.cpu.pack_rows(shape, self.dtype, &|row, out| self.source.row(&names[row % 2], first + row / 2, out))
@@ -221,5 +266,3 @@ impl Loader<'_> {
         self.cpu.pack_rows(shape, self.dtype, &|row, out| self.source.row(name, row, out))
     }
 }
-
-const EMBEDDING: &str = "model.embed_tokens.weight";

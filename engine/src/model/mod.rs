@@ -1,14 +1,18 @@
 //! Models as mathematics: configuration, weights, forward pass.
 //!
-//! Reading order: [`family`] (one row of facts per architecture), [`config`] (every value with its origin; `tokens`
-//! for the ids), [`weights`] (safetensors), `loader` (tensors to packed panels), [`decoder`] (the forward pass, watched and joined through `link`).
+//! Reading order: [`family`] (one row of facts per architecture; `names` of its tensors), [`config`] (every value with its
+//! origin; `tokens` for the ids, `moe` for experts), [`weights`] (safetensors), `loader` (tensors to packed panels),
+//! [`decoder`] (the forward pass, watched and joined through `link`; `ffn` for its feed-forward part).
 
 pub mod config;
 pub mod decoder;
 pub mod family;
+mod ffn;
 mod json;
 mod link;
 mod loader;
+mod moe;
+mod names;
 mod tokens;
 pub mod weights;
 
@@ -20,6 +24,7 @@ pub use decoder::{LoadOptions, Model, Scratch};
 pub use family::Family;
 pub use link::{Alone, Link, Operation};
 pub use loader::Share;
+pub use moe::Moe;
 pub use weights::TensorInfo;
 
 use std::path::{Path, PathBuf};

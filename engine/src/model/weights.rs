@@ -1,6 +1,7 @@
 //! Safetensors files to weights: mapped, checked against the config, converted tensor by tensor.
 
 use super::json::read_object;
+use super::names::Projections;
 use super::{LoadError, ModelConfig};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -104,7 +105,7 @@ impl Weights {
         let known = |name: &str| {
             expected.contains_key(name)
                 || IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
-                || (config.tied && name == "lm_head.weight")
+                || (config.tied && name.strip_suffix(".weight") == Some(config.family.names.head))
         };
         problems.extend(tensors.keys().filter(|name| !known(name)).map(|name| match name.ends_with("o_proj.bias") {
             true => format!("{name}: a bias of the attention's output is not implemented"),
@@ -142,35 +143,73 @@ fn parse<'a>(path: &Path, mapped: &'a Mapped) -> Result<SafeTensors<'a>, LoadErr
         .map_err(|error| LoadError::Corrupt { path: path.to_owned(), reason: error.to_string() })
 }
 
-/// Names and shapes of the Llama scheme (Llama, Qwen2, Qwen3 and their block diffusion descendants).
+/// Names and shapes of a model's tensors.
 fn expected(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
-    let (hidden, ffn, vocab) = (config.hidden as usize, config.ffn as usize, config.vocab_rows as usize);
-    let dim = config.heads.head_dim;
-    let (q, kv) = (config.heads.heads * dim, config.heads.kv_heads * dim);
+    let (hidden, vocab) = (config.hidden as usize, config.vocab_rows as usize);
+    let names = config.family.names;
     let mut all = BTreeMap::new();
-    let mut need = |name: String, shape: &[usize]| all.insert(name, shape.to_vec());
-    need("model.embed_tokens.weight".into(), &[vocab, hidden]);
-    need("model.norm.weight".into(), &[hidden]);
+    all.insert(format!("{}.weight", names.embedding), vec![vocab, hidden]);
+    all.insert(format!("{}.weight", names.norm), vec![hidden]);
     if !config.tied {
-        need("lm_head.weight".into(), &[vocab, hidden]);
+        all.insert(format!("{}.weight", names.head), vec![vocab, hidden]);
     }
     for layer in 0..config.layers {
-        let at = |name: &str| format!("model.layers.{layer}.{name}");
-        need(at("input_layernorm.weight"), &[hidden]);
-        need(at("post_attention_layernorm.weight"), &[hidden]);
-        for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
-            need(at(&format!("self_attn.{name}_proj.weight")), &[rows, hidden]);
-            if config.qkv_bias {
-                need(at(&format!("self_attn.{name}_proj.bias")), &[rows]);
-            }
-            if config.qk_norm && name != "v" {
-                need(at(&format!("self_attn.{name}_norm.weight")), &[dim]);
-            }
+        let at = |(name, shape): (String, Vec<usize>)| (format!("{}.{layer}.{name}", names.layers), shape);
+        all.extend(attention_tensors(config).into_iter().map(at));
+        all.extend(ffn_tensors(config, layer).into_iter().map(at));
+    }
+    all
+}
+
+/// Those of a layer's attention and of both norms, without the layer's prefix.
+fn attention_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (hidden, names, dim) = (config.hidden as usize, config.family.names, config.heads.head_dim);
+    let (q, kv) = (config.heads.heads * dim, config.heads.kv_heads * dim);
+    let mut all = Vec::new();
+    let mut need = |name: &str, kind: &str, shape: &[usize]| all.push((format!("{name}.{kind}"), shape.to_vec()));
+    need(names.attention_norm, "weight", &[hidden]);
+    need(names.ffn_norm, "weight", &[hidden]);
+    let parts: Vec<(&str, usize)> = match &names.projections {
+        Projections::Split(parts) => parts.iter().copied().zip([q, kv, kv]).collect(),
+        Projections::Fused(name) => vec![(name, q + 2 * kv)],
+    };
+    for (name, rows) in parts {
+        need(name, "weight", &[rows, hidden]);
+        if config.qkv_bias {
+            need(name, "bias", &[rows]);
         }
-        need(at("self_attn.o_proj.weight"), &[hidden, q]);
-        need(at("mlp.gate_proj.weight"), &[ffn, hidden]);
-        need(at("mlp.up_proj.weight"), &[ffn, hidden]);
-        need(at("mlp.down_proj.weight"), &[hidden, ffn]);
+    }
+    if config.qk_norm {
+        need(names.q_norm, "weight", &[dim]);
+        need(names.k_norm, "weight", &[dim]);
+    }
+    need(names.out, "weight", &[hidden, q]);
+    all
+}
+
+/// Those of a layer's feed-forward part.
+fn ffn_tensors(config: &ModelConfig, layer: u32) -> Vec<(String, Vec<usize>)> {
+    let (hidden, names) = (config.hidden as usize, config.family.names);
+    let mut all = Vec::new();
+    let mut part = |ffn: u32, name: &dyn Fn(&str) -> String| {
+        for (of, shape) in [(names.gate, [ffn as usize, hidden]), (names.up, [ffn as usize, hidden])] {
+            all.push((format!("{}.weight", name(of)), shape.to_vec()));
+        }
+        all.push((format!("{}.weight", name(names.down)), vec![hidden, ffn as usize]));
+    };
+    let Some(moe) = config.moe.as_ref().filter(|moe| moe.covers(layer)) else {
+        part(config.ffn, &|name| names.dense(name));
+        return all;
+    };
+    for expert in 0..moe.router.experts as u32 {
+        part(moe.ffn, &|name| names.expert(expert, name));
+    }
+    if moe.shared_ffn > 0 {
+        part(moe.shared_ffn, &|name| names.shared(name));
+    }
+    all.push((format!("{}.weight", names.router()), vec![moe.router.experts, hidden]));
+    if moe.bias {
+        all.push((names.expert_bias(), vec![moe.router.experts]));
     }
     all
 }

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod experts;
 mod long_context;
 mod vocabulary;
 
