@@ -351,6 +351,9 @@ pub struct VerifyArgs {
     /// Type of the weights
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
+    /// Ranks that share the model, threads of this process: 1, 2, 4 or 8
+    #[arg(long, default_value_t = 1)]
+    pub ranks: usize,
 }
 
 /// `unmask train`

@@ -45,7 +45,7 @@ fn copy(family: &str, to: &Path) -> PathBuf {
 
 #[test]
 fn verify_reproduces_every_family_and_writes_what_it_computed() {
-    for family in ["llama", "qwen2", "qwen3", "stable_diffcoder", "sdar"] {
+    for family in ["llama", "qwen3_moe", "stable_diffcoder", "sdar", "fast_dllm_v2", "llada2_moe", "llada", "dream"] {
         let out = tempfile::tempdir().unwrap();
         let (code, report) = verify(&golden(family), out.path());
         assert_eq!(code, Some(0), "{report:#}");

@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn edits_settle_or_run_out_of_post_steps() {
-        let policy = Policy::JointEdit { tau: 0.9, tau_edit: 0.9, max_post_steps: 2 };
+        let policy = Policy::JointEdit { tau: 0.9, tau_edit: 0.9, max_post_steps: 2, at_least: 1 };
         let mut block = OpenBlock::new(0, 2, &[]);
         assert_eq!(block.apply(&policy, &changes(&[0, 1]), &candidates(2), 0), Progress::Open);
         let mut settled = block.clone();

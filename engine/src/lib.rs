@@ -32,5 +32,5 @@ pub mod step;
 
 pub use model::{LoadError, LoadOptions, Model, ModelConfig, Reach};
 pub use policy::Policy;
-pub use request::{BlockTrace, Event, Invalid, Reason, Refusal, Request, RequestId, Sampling, Settings};
+pub use request::{BlockTrace, Event, Invalid, Manner, Reason, Refusal, Request, RequestId, Sampling, Settings};
 pub use step::{Engine, Limits, Load, StepReport};

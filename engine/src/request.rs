@@ -74,8 +74,8 @@ pub struct Settings {
     pub stop_ids: Vec<u32>,
     /// Most passes, 0 for no cap.
     pub nfe_cap: u32,
-    /// How the output ends; `None` takes the family's way.
-    pub ends: Option<Ends>,
+    /// What else the authors of families do differently.
+    pub manner: Manner,
 }
 
 impl Settings {
@@ -88,9 +88,42 @@ impl Settings {
             sampling: Sampling::GREEDY,
             stop_ids: Vec::new(),
             nfe_cap: 0,
-            ends: None,
+            manner: Manner::default(),
         }
     }
+
+    /// Whether rows need their logits gathered.
+    pub fn needs_logits(&self) -> bool {
+        self.sampling.filters() || !self.manner.suppress.is_empty()
+    }
+}
+
+/// What decides a decode beside the policy. By default the family's way, without a cache where that is not exact.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// How the output ends.
+    pub ends: Option<Ends>,
+    /// Positions of the open block that may fall together, left to right; 0 for all of them.
+    pub sub_block: Option<u32>,
+    /// Which keys and values are reused while a block is open.
+    pub cache: Cache,
+    /// Ids without a share in the probabilities, at most [`STOP_IDS_MAX`]: a confidence is that among the others.
+    pub suppress: Vec<u32>,
+    /// Whether such an id can win, with confidence 0 (LLaDA's `confidence_eos_eot_inf`).
+    pub suppressed_win: bool,
+}
+
+/// Keys and values of an open block's surroundings that are not computed anew in each of its passes, though they would
+/// differ (Fast-dLLM, section 3.1 and, within blocks, version 2). Those before a block-causal block never differ.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// None: every pass computes all rows that the open ones attend to. Exact.
+    #[default]
+    None,
+    /// Of bidirectional models: what is before the block is as of the block's first pass.
+    Prefix,
+    /// What is before and behind the block, or the sub-block, is as of an earlier pass of the block.
+    Dual,
 }
 
 /// How outputs end, a property of the family (section 5, "Ends").
@@ -119,7 +152,7 @@ impl Sampling {
     /// The arg-max of every row.
     pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
 
-    /// Whether rows need their logits gathered.
+    /// Whether draws leave some ids out.
     pub fn filters(&self) -> bool {
         self.temperature > 0.0 && (self.top_k > 0 || self.top_p < 1.0)
     }

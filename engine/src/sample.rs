@@ -1,20 +1,29 @@
 //! Top-k and top-p: the only rows whose logits are gathered.
 
 use crate::policy::Candidate;
-use crate::request::Sampling;
+use crate::request::Settings;
 use unmask_kernels::{Bans, Record, gumbel};
 
-/// Replaces a record's draw by one from its filtered logits; confidence stays that of the full distribution.
+/// Replaces a record's draw by one from its logits without what top-k, top-p and suppressed ids leave out; confidence
+/// stays that of the full distribution.
 pub fn refine(
     record: &mut Record,
     logits: &[f32],
     bans: &Bans,
-    sampling: &Sampling,
+    settings: &Settings,
     key: [u32; 2],
     scratch: &mut Vec<(f32, u32)>,
 ) {
-    let allowed = |id: u32| (id as usize) < bans.vocab && bans.argmax.binary_search(&id).is_err();
-    if let Some(id) = filtered(logits, allowed, sampling.temperature, sampling.top_k, sampling.top_p, key, scratch) {
+    let Settings { sampling, manner, .. } = settings;
+    let barred = |id: u32| !manner.suppressed_win && manner.suppress.contains(&id);
+    let allowed = |id: u32| (id as usize) < bans.vocab && bans.argmax.binary_search(&id).is_err() && !barred(id);
+    let chosen = if sampling.temperature > 0.0 {
+        filtered(logits, allowed, sampling.temperature, sampling.top_k, sampling.top_p, key, scratch)
+    } else {
+        let among = logits.iter().zip(0u32..).filter(|&(x, id)| !x.is_nan() && allowed(id));
+        among.max_by(|a, b| a.0.total_cmp(b.0).then(b.1.cmp(&a.1))).map(|(_, id)| id)
+    };
+    if let Some(id) = chosen {
         record.chosen = id;
         record.chosen_logit = logits[id as usize];
     }
@@ -55,6 +64,19 @@ pub fn filtered(
     let noisy = |&(x, id): &(f32, u32)| x / temperature + gumbel(key, id);
     let winner = scratch[..kept].iter().max_by(|a, b| noisy(a).total_cmp(&noisy(b)).then(b.1.cmp(&a.1)));
     winner.map(|&(_, id)| id)
+}
+
+/// A candidate whose confidence is its probability without a share for `suppressed` ids; 0 when it is one of them.
+/// Margin and entropy stay those of the full distribution.
+pub fn among_others(candidate: Candidate, record: &Record, logits: &[f32], suppressed: &[u32]) -> Candidate {
+    if suppressed.is_empty() {
+        return candidate;
+    }
+    if suppressed.contains(&candidate.token) {
+        return Candidate { confidence: 0.0, ..candidate };
+    }
+    let share: f32 = suppressed.iter().filter_map(|&id| logits.get(id as usize)).map(|&x| record.probability(x)).sum();
+    Candidate { confidence: candidate.confidence / (1.0 - share), ..candidate }
 }
 
 /// The candidate of a record.

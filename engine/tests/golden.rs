@@ -7,7 +7,19 @@ use std::sync::Arc;
 use unmask_engine::raw::{LoopKind, Parameters, RawDecode, decode, logits};
 use unmask_engine::{LoadError, LoadOptions, Model, Reach};
 
-const FAMILIES: [&str; 5] = ["llama", "qwen2", "qwen3", "stable_diffcoder", "sdar"];
+const FAMILIES: [&str; 11] = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "stable_diffcoder",
+    "sdar",
+    "sdar_moe",
+    "fast_dllm_v2",
+    "llada2_moe",
+    "llada",
+    "dream",
+];
 /// Largest absolute difference of logits.
 const LOGITS_TOLERANCE: f32 = 1e-3;
 /// Largest difference of confidences.
@@ -68,6 +80,13 @@ fn decodes_agree() {
             assert_eq!(got.commits.iter().map(|c| c.token).collect::<Vec<_>>(), ids(&commits["token"]), "{what}");
             let passes: Vec<i64> = commits["pass"].as_array().unwrap().iter().map(|p| p.as_i64().unwrap()).collect();
             assert_eq!(got.commits.iter().map(|c| i64::from(c.pass)).collect::<Vec<_>>(), passes, "{what} passes");
+            let edits = &case["edits"];
+            if !edits.is_null() {
+                let all: Vec<_> = got.edits.iter().map(|e| (e.position, e.old, e.new)).collect();
+                let (old, new) = (ids(&edits["old"]), ids(&edits["new"]));
+                let want = ids(&edits["position"]).into_iter().zip(old).zip(new).map(|((at, old), new)| (at, old, new));
+                assert_eq!(all, want.collect::<Vec<_>>(), "{what} edits");
+            }
             for (commit, want) in got.commits.iter().zip(commits["confidence"].as_array().unwrap()) {
                 let difference = (f64::from(commit.confidence) - want.as_f64().unwrap()).abs();
                 assert!(difference < CONFIDENCE_TOLERANCE, "{what} confidence at {}", commit.position);

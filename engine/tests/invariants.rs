@@ -78,7 +78,7 @@ fn policies() -> Vec<Policy> {
         THRESHOLD,
         Policy::Fixed { steps: 2, order: Order::Margin, quota: Quota::Masks },
         Policy::Fixed { steps: 4, order: Order::Random, quota: Quota::Masks },
-        Policy::Factor { factor: 1.0 },
+        Policy::Factor { factor: 1.0, last_falls: false },
         Policy::EntropyBounded { gamma: 1.0, bound: Bound::AllButLargest },
         Policy::Hierarchical { low: 0.4, high: 0.8 },
     ]

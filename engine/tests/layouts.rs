@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use unmask_engine::model::{DecodeDefaults, Family, row_end};
 use unmask_engine::policy::{Comparison, Policy};
+use unmask_engine::request::Cache;
 use unmask_engine::{
     Engine, Event, Limits, LoadOptions, Model, ModelConfig, Reach, Request, RequestId, Settings, StepReport,
 };
@@ -89,6 +90,9 @@ fn plain(model: &Model, prompt: &[u32]) -> (Vec<u32>, u32, u32) {
             canvas[start] = records(model, &canvas[..start])[start - 1].argmax;
             masked[start] = false;
             firsts += 1;
+            if start + 1 == limit {
+                break;
+            }
         }
         while masked[start..end].contains(&true) {
             let all = records(model, &canvas[..if whole { canvas.len() } else { end }]);
@@ -155,6 +159,33 @@ fn every_layout_gives_the_tokens_of_the_plainest_loop() {
     }
 }
 
+/// I1 where keys and values are reused within a block: being sent back and going on later changes no token.
+#[test]
+fn reused_keys_do_not_depend_on_being_sent_back() {
+    for (reach, shift) in [(Reach::Block, true), (Reach::Bidirectional, false), (Reach::Bidirectional, true)] {
+        let model = model(reach, shift);
+        for cache in [Cache::Prefix, Cache::Dual] {
+            if reach == Reach::Block && cache == Cache::Prefix {
+                continue;
+            }
+            let sub_block = Some(if reach == Reach::Block { BLOCK / 2 } else { 0 });
+            let with_cache = |(&len, id): (&u32, u64)| {
+                let mut request = request(id, len);
+                (request.settings.manner.cache, request.settings.manner.sub_block) = (cache, sub_block);
+                request
+            };
+            let requests: Vec<Request> = [16, 17, 31, 3, 40].iter().zip(0..).map(with_cache).collect();
+            let (together, reports) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &requests);
+            let (tight, _) = run(&mut Engine::new(Arc::clone(&model), limits(4)), &requests);
+            assert_eq!(together, tight, "{reach:?}, shift {shift}, {cache:?}");
+            let plain: Vec<Request> = [16, 17, 31, 3, 40].iter().zip(0..).map(|(&len, id)| request(id, len)).collect();
+            let (_, all) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &plain);
+            let rows = |reports: &[StepReport]| reports.iter().map(|report| report.rows).sum::<u32>();
+            assert!(rows(&reports) < rows(&all), "{reach:?}, shift {shift}, {cache:?}: fewer rows are computed");
+        }
+    }
+}
+
 /// The exception to a store that rides along: a shifted family's last stored row gives the next block its first token.
 #[test]
 fn a_shifted_block_costs_its_steps_and_one_store() {
@@ -179,7 +210,7 @@ fn a_bidirectional_pass_computes_the_canvas() {
 #[test]
 fn what_a_layout_cannot_do_is_refused() {
     let mut edits = request(0, 8);
-    edits.settings.policy = Policy::JointEdit { tau: 0.9, tau_edit: 0.9, max_post_steps: 1 };
+    edits.settings.policy = Policy::JointEdit { tau: 0.9, tau_edit: 0.9, max_post_steps: 1, at_least: 1 };
     let refusal = Engine::new(model(Reach::Block, true), limits(64)).submit(edits).unwrap_err().to_string();
     assert!(refusal.contains("joint_edit"), "{refusal}");
     let mut empty = request(0, 8);

@@ -60,7 +60,7 @@ impl Point {
         let tau = self.threshold;
         match self.edits {
             Some(Edits { tau: tau_edit, post_steps: max_post_steps }) => {
-                Policy::JointEdit { tau, tau_edit, max_post_steps }
+                Policy::JointEdit { tau, tau_edit, max_post_steps, at_least: 1 }
             }
             None => Policy::Threshold { tau, comparison: Comparison::Strict, quota_steps: None },
         }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 use tonic::{Code, Status};
 use unmask_engine::policy::Order;
-use unmask_engine::{Policy, Reason, Refusal, Request, RequestId, Sampling, Settings};
+use unmask_engine::{Manner, Policy, Reason, Refusal, Request, RequestId, Sampling, Settings};
 use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::policy::{EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, Threshold};
 use unmask_proto::v1::{self, FinishReason, RunRequest};
@@ -37,7 +37,7 @@ pub(crate) fn request(message: RunRequest, id: RequestId, defaults: &Policy) -> 
         sampling,
         stop_ids: settings.stop_token_ids,
         nfe_cap: settings.nfe_cap,
-        ends: None,
+        manner: Manner::default(),
     };
     Ok(Request {
         id,
@@ -67,14 +67,14 @@ fn policy_from(kind: Kind, defaults: &Policy) -> Result<Policy, Violation> {
             };
             Policy::Threshold { tau, comparison, quota_steps }
         }
-        Kind::Factor(Factor { factor }) => Policy::Factor { factor },
+        Kind::Factor(Factor { factor }) => Policy::Factor { factor, last_falls: false },
         Kind::EntropyBounded(EntropyBounded { gamma }) => {
             let bound = if let Policy::EntropyBounded { bound, .. } = defaults { *bound } else { Default::default() };
             Policy::EntropyBounded { gamma, bound }
         }
         Kind::Hierarchical(Hierarchical { low, high }) => Policy::Hierarchical { low, high },
         Kind::JointEdit(JointEdit { tau, tau_edit, max_post_steps }) => {
-            Policy::JointEdit { tau, tau_edit, max_post_steps }
+            Policy::JointEdit { tau, tau_edit, max_post_steps, at_least: 1 }
         }
         Kind::Autoregressive(_) => Policy::Autoregressive,
     })
@@ -94,12 +94,15 @@ fn order_from(order: i32) -> Result<Order, Violation> {
 /// A policy as the wire says it.
 pub(crate) fn policy_to(policy: &Policy) -> v1::Policy {
     let kind = match *policy {
-        Policy::Fixed { steps, order, .. } => Kind::Fixed(Fixed { steps, order: order_to(order).into() }),
+        // The wire has no schedule by time: its order over as many steps is nearest.
+        Policy::Fixed { steps, order, .. } | Policy::Timesteps { steps, order, .. } => {
+            Kind::Fixed(Fixed { steps, order: order_to(order).into() })
+        }
         Policy::Threshold { tau, .. } => Kind::Threshold(Threshold { tau }),
-        Policy::Factor { factor } => Kind::Factor(Factor { factor }),
+        Policy::Factor { factor, .. } => Kind::Factor(Factor { factor }),
         Policy::EntropyBounded { gamma, .. } => Kind::EntropyBounded(EntropyBounded { gamma }),
         Policy::Hierarchical { low, high } => Kind::Hierarchical(Hierarchical { low, high }),
-        Policy::JointEdit { tau, tau_edit, max_post_steps } => {
+        Policy::JointEdit { tau, tau_edit, max_post_steps, .. } => {
             Kind::JointEdit(JointEdit { tau, tau_edit, max_post_steps })
         }
         Policy::Autoregressive => Kind::Autoregressive(v1::policy::Autoregressive {}),
@@ -169,10 +172,10 @@ mod tests {
         for policy in [
             Policy::Fixed { steps: 3, order: Order::Entropy, quota: Quota::Masks },
             Policy::Threshold { tau: 0.5, comparison: Comparison::Strict, quota_steps: None },
-            Policy::Factor { factor: 2.0 },
+            Policy::Factor { factor: 2.0, last_falls: false },
             Policy::EntropyBounded { gamma: 0.25, bound: Bound::AllButLargest },
             Policy::Hierarchical { low: 0.25, high: 0.75 },
-            Policy::JointEdit { tau: 0.5, tau_edit: 0.25, max_post_steps: 3 },
+            Policy::JointEdit { tau: 0.5, tau_edit: 0.25, max_post_steps: 3, at_least: 1 },
             Policy::Autoregressive,
         ] {
             let taken = request(message(policy_to(&policy).kind), RequestId(1), &Policy::Autoregressive).unwrap();

@@ -1,15 +1,18 @@
 //! Runs the cases of a folder through the engine and the tokenizer.
 
-use super::golden::{DecodeCase, Golden};
+use super::golden::{DecodeCase, Golden, LogitsCase};
 use crate::args::Dtype;
 use crate::raw::{to_json, write_tensors};
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
+use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
-use unmask_engine::model::Overrides;
-use unmask_engine::raw::{LoopKind, RawDecode};
-use unmask_engine::{LoadError, LoadOptions, Model, raw};
+use std::time::{Duration, Instant};
+use unmask_engine::group::{Comm, Pace, StepLimit, follow, threads};
+use unmask_engine::model::{Overrides, Share};
+use unmask_engine::raw::{LoopKind, RawDecode, RawError, RawOutcome};
+use unmask_engine::{Engine, Limits, LoadError, LoadOptions, Model, raw};
 use unmask_text::{Specials, Tokenizer};
 
 /// What was computed, case by case.
@@ -23,26 +26,83 @@ pub struct Actual {
     vocab_rows: usize,
 }
 
-/// Computes every case.
+/// How long a rank may take for anything: far beyond what any case needs.
+const RANK_LIMIT: Duration = Duration::from_secs(120);
+
+/// Computes every case, over `ranks` ranks that are threads.
 ///
 /// # Errors
-/// The checkpoint cannot be loaded.
-pub fn run(dir: &Path, golden: &Golden, dtype: Dtype) -> anyhow::Result<Actual> {
-    let model = load(dir, golden, dtype)?;
-    let logits = golden
-        .logits
-        .iter()
-        .map(|case| raw::logits(&model, &case.input_ids, case.reach, case.block_size).map_err(|e| e.to_string()))
-        .collect();
-    let decode = golden.decode.iter().map(|case| decode(&model, case).map_err(|e| format!("{e:#}"))).collect();
+/// The checkpoint cannot be loaded, or not be shared by so many.
+pub fn run(dir: &Path, golden: &Golden, dtype: Dtype, ranks: usize) -> anyhow::Result<Actual> {
+    let model = load(dir, golden, dtype, Share { rank: 0, ranks })?;
+    let vocab_rows = model.config().vocab_rows as usize;
+    let (logits, decode) = if ranks == 1 { cases(&Whole(model), golden) } else { shared(dir, golden, dtype, model)? };
     let tokenizer = if golden.tokenizer.is_empty() { Vec::new() } else { tokenize(dir, golden)? };
-    Ok(Actual { logits, decode, tokenizer, vocab_rows: model.config().vocab_rows as usize })
+    Ok(Actual { logits, decode, tokenizer, vocab_rows })
 }
 
-fn load(dir: &Path, golden: &Golden, dtype: Dtype) -> anyhow::Result<Arc<Model>> {
+type Cases = (Vec<Result<Vec<f32>, String>>, Vec<Result<Value, String>>);
+
+/// What computes a case.
+trait Computes {
+    fn logits(&self, case: &LogitsCase) -> Result<Vec<f32>, RawError>;
+    fn decode(&self, request: &RawDecode) -> Result<RawOutcome, RawError>;
+}
+
+struct Whole(Arc<Model>);
+
+impl Computes for Whole {
+    fn logits(&self, case: &LogitsCase) -> Result<Vec<f32>, RawError> {
+        raw::logits(&self.0, &case.input_ids, case.reach, case.block_size)
+    }
+
+    fn decode(&self, request: &RawDecode) -> Result<RawOutcome, RawError> {
+        raw::decode(&self.0, request)
+    }
+}
+
+struct Group(RefCell<Engine>);
+
+impl Computes for Group {
+    fn logits(&self, case: &LogitsCase) -> Result<Vec<f32>, RawError> {
+        raw::logits_on(&mut self.0.borrow_mut(), &case.input_ids, case.reach, case.block_size)
+    }
+
+    fn decode(&self, request: &RawDecode) -> Result<RawOutcome, RawError> {
+        raw::decode_on(&mut self.0.borrow_mut(), request)
+    }
+}
+
+fn cases(computes: &dyn Computes, golden: &Golden) -> Cases {
+    let logits = golden.logits.iter().map(|case| computes.logits(case).map_err(|error| error.to_string()));
+    let decode = golden.decode.iter().map(|case| decode(computes, case).map_err(|error| format!("{error:#}")));
+    (logits.collect(), decode.collect())
+}
+
+/// The cases over ranks that are threads; `model` is the first one's share.
+fn shared(dir: &Path, golden: &Golden, dtype: Dtype, model: Arc<Model>) -> anyhow::Result<Cases> {
+    let ranks = model.ranks();
+    let others =
+        (1..ranks).map(|rank| load(dir, golden, dtype, Share { rank, ranks })).collect::<Result<Vec<_>, _>>()?;
+    let step = StepLimit { base: RANK_LIMIT, per_row: Duration::ZERO };
+    let pace = Pace { now: Instant::now, step, idle: RANK_LIMIT };
+    let mut comms = threads(ranks).into_iter().map(Comm::Threads);
+    let first = comms.next().context("no rank")?;
+    std::thread::scope(|scope| {
+        for (other, comm) in others.into_iter().zip(comms) {
+            // Why a follower ended shows in the leader's cases.
+            scope.spawn(move || follow(other, comm, pace));
+        }
+        let engine = Engine::leading(model, Limits::default(), first, pace)?;
+        Ok(cases(&Group(RefCell::new(engine)), golden))
+    })
+}
+
+fn load(dir: &Path, golden: &Golden, dtype: Dtype, share: Share) -> anyhow::Result<Arc<Model>> {
     let load = |mask_id| {
         let overrides = Overrides { mask_id, ..Overrides::default() };
-        Model::load(dir, &LoadOptions { dtype: dtype.weights(), overrides, ..LoadOptions::default() })
+        let dtype = dtype.weights();
+        Model::load(dir, &LoadOptions { dtype, overrides, share, ..LoadOptions::default() })
     };
     let stated = golden.model["mask_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
     // The reference names its mask; a checkpoint that does not is loaded with that.
@@ -57,12 +117,12 @@ fn load(dir: &Path, golden: &Golden, dtype: Dtype) -> anyhow::Result<Arc<Model>>
     Ok(Arc::new(model?))
 }
 
-fn decode(model: &Arc<Model>, case: &DecodeCase) -> anyhow::Result<Value> {
+fn decode(computes: &dyn Computes, case: &DecodeCase) -> anyhow::Result<Value> {
     let Some(loop_kind) = LoopKind::from_name(&case.decoding_loop) else {
-        bail!("loop {} is not supported; known are ar, stable_diffcoder, sdar, unmask", case.decoding_loop);
+        bail!("loop {} is not supported; known are {}", case.decoding_loop, LoopKind::known());
     };
     let parameters = serde_json::from_value(case.parameters.clone()).context("parameters")?;
-    let outcome = raw::decode(model, &RawDecode { prompt: case.prompt_ids.clone(), loop_kind, parameters })?;
+    let outcome = computes.decode(&RawDecode { prompt: case.prompt_ids.clone(), loop_kind, parameters })?;
     Ok(to_json(&outcome))
 }
 

@@ -79,7 +79,7 @@ fn folder(dir: &Path, args: &VerifyArgs) -> anyhow::Result<Report> {
     };
     let out = args.out.join(&name);
     std::fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
-    let actual = match compute::run(dir, &golden, args.dtype) {
+    let actual = match compute::run(dir, &golden, args.dtype, args.ranks) {
         Ok(actual) => actual,
         Err(error) => {
             report.unsupported = Some(format!("{error:#}"));

@@ -205,6 +205,11 @@ impl Model {
         Bans { vocab: config.tokenizer_size as usize, argmax, softmax }
     }
 
+    /// Ranks that share the model.
+    pub fn ranks(&self) -> usize {
+        self.vocab.ranks
+    }
+
     /// Ids whose head rows a rank of the model's group holds.
     pub fn vocab_share(&self, rank: usize) -> std::ops::Range<usize> {
         VocabShard { rank, ..self.vocab }.ids()

@@ -19,6 +19,8 @@ pub struct Family {
     /// Block size where the config has none; 0 for autoregressive families.
     pub(super) block_size: u32,
     pub(super) mask_token: Option<&'static str>,
+    /// Positions of a block that its authors fill together, left to right; 0 for all.
+    sub_block: u32,
     pub(super) names: &'static Names,
     /// Keys of its configs that have another name elsewhere: theirs, then the usual one.
     pub(super) keys: &'static [(&'static str, &'static str)],
@@ -41,6 +43,7 @@ const AUTOREGRESSIVE: Family = Family {
     qkv_bias: false,
     block_size: 0,
     mask_token: None,
+    sub_block: 0,
     names: &LLAMA,
     keys: &[],
     fixed: &[],
@@ -196,7 +199,9 @@ const FAMILIES: [Family; 17] = [
         qkv_bias: true,
         block_size: 32,
         mask_token: Some("|<MASK>|"),
+        sub_block: 8,
         keys: &[("bd_size", "block_size")],
+        ends: Ends { whole_last_block: true, at_first_stop: true },
         ..BLOCK_CAUSAL
     },
     LLADA2_MOE,
@@ -272,6 +277,11 @@ impl Family {
     /// How outputs end.
     pub fn ends(&self) -> Ends {
         self.ends
+    }
+
+    /// Positions of a block that its authors fill together, left to right; 0 for all of them.
+    pub fn sub_block(&self) -> u32 {
+        self.sub_block
     }
 
     /// Whether the mask's logit is left out of the softmax, as in training.

@@ -8,7 +8,19 @@ use std::collections::BTreeMap;
 use tempfile::TempDir;
 use unmask_kernels::{KvType, Row, RowTable, WeightType};
 
-const FAMILIES: [&str; 5] = ["llama", "qwen2", "qwen3", "stable_diffcoder", "sdar"];
+const FAMILIES: [&str; 11] = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "stable_diffcoder",
+    "sdar",
+    "sdar_moe",
+    "fast_dllm_v2",
+    "llada2_moe",
+    "llada",
+    "dream",
+];
 
 fn golden(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(family)

@@ -48,7 +48,8 @@ pub struct Change {
 
 /// Writes the step's changes to `out` (cleared first), ascending by index.
 ///
-/// At least one masked position is filled as long as there is one. Ties: lowest position first.
+/// But for empty shares of [`Policy::Timesteps`], at least one masked position is filled as long as there is one. Ties:
+/// lowest position first.
 pub fn decide(policy: &Policy, view: &View<'_>, out: &mut Vec<Change>) {
     out.clear();
     let masked = (0..view.masked.len()).filter(|&i| view.masked[i]);
@@ -59,16 +60,21 @@ pub fn decide(policy: &Policy, view: &View<'_>, out: &mut Vec<Change>) {
             chosen.sort_by(|&a, &b| compare(view, order, a, b));
             fill(view, chosen.into_iter().take(count), out);
         }
-        Policy::Threshold { tau, comparison, quota_steps } => threshold(view, tau, comparison, quota_steps, out),
-        Policy::Factor { factor } => {
+        Policy::Threshold { tau, comparison, quota_steps } => {
+            let floor = quota_steps.map_or(1, |steps| quota_of(view, Quota::Block, steps));
+            threshold(view, tau, comparison, floor, out);
+        }
+        Policy::Timesteps { steps, eps, order, tau } => timesteps(view, steps, eps, order, tau, out),
+        Policy::Factor { factor, last_falls } => {
             let ranked = by_confidence(view, masked);
-            let accepted = ranked
+            let mut accepted = ranked
                 .iter()
                 .enumerate()
                 .take_while(|&(rank, &i)| {
                     rank == 0 || view.candidates[i].confidence >= 1.0 - factor / (rank as f32 + 2.0)
                 })
                 .count();
+            accepted += usize::from(last_falls && accepted + 1 == ranked.len());
             fill(view, ranked.into_iter().take(accepted), out);
         }
         Policy::EntropyBounded { gamma, bound } => {
@@ -78,8 +84,8 @@ pub fn decide(policy: &Policy, view: &View<'_>, out: &mut Vec<Change>) {
             fill(view, ranked.into_iter().take(accepted), out);
         }
         Policy::Hierarchical { low, high } => hierarchical(view, low, high, out),
-        Policy::JointEdit { tau, tau_edit, .. } => {
-            threshold(view, tau, Comparison::Strict, None, out);
+        Policy::JointEdit { tau, tau_edit, at_least, .. } => {
+            threshold(view, tau, Comparison::Strict, at_least as usize, out);
             let edits = (0..view.tokens.len()).filter(|&i| {
                 let candidate = &view.candidates[i];
                 !view.masked[i]
@@ -127,15 +133,36 @@ fn compare(view: &View<'_>, order: Order, a: usize, b: usize) -> Ordering {
     by_measure.then(a.cmp(&b))
 }
 
-fn threshold(view: &View<'_>, tau: f32, comparison: Comparison, quota_steps: Option<u32>, out: &mut Vec<Change>) {
+/// All that pass; the best `floor` when they are fewer.
+fn threshold(view: &View<'_>, tau: f32, comparison: Comparison, floor: usize, out: &mut Vec<Change>) {
     let passes = |i: &usize| match comparison {
         Comparison::Strict => view.candidates[*i].confidence > tau,
         Comparison::Inclusive => view.candidates[*i].confidence >= tau,
     };
     let ranked = by_confidence(view, (0..view.masked.len()).filter(|&i| view.masked[i]));
     let accepted = ranked.iter().take_while(|i| passes(i)).count();
-    let floor = quota_steps.map_or(1, |steps| quota_of(view, Quota::Block, steps));
     fill(view, ranked.into_iter().take(accepted.max(floor)), out);
+}
+
+fn timesteps(view: &View<'_>, steps: u32, eps: f32, order: Order, tau: Option<f32>, out: &mut Vec<Change>) {
+    let mut ranked: Vec<usize> = (0..view.masked.len()).filter(|&i| view.masked[i]).collect();
+    ranked.sort_by(|&a, &b| compare(view, order, a, b));
+    let (masks, start) = (ranked.len(), view.masks_at_start as usize);
+    let share = match tau {
+        // What earlier steps should have filled and did not comes on top; steps past the last have no share of their own.
+        Some(_) => {
+            let due = start / steps as usize * (view.step + 1).min(steps) as usize;
+            due.saturating_sub(start - masks).max(1)
+        }
+        None if view.step + 1 >= steps => masks,
+        None => {
+            let time = |i: u32| 1.0 + (f64::from(eps) - 1.0) * f64::from(i) / f64::from(steps);
+            (masks as f64 * (1.0 - time(view.step + 1) / time(view.step))) as usize
+        }
+    };
+    let taken = ranked.into_iter().take(share).enumerate();
+    let passes = |rank: usize, i: usize| rank == 0 || tau.is_none_or(|tau| view.candidates[i].confidence >= tau);
+    fill(view, taken.filter(|&(rank, i)| passes(rank, i)).map(|(_, i)| i), out);
 }
 
 fn entropy_prefix(view: &View<'_>, ranked: &[usize], gamma: f32, bound: Bound) -> usize {

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 /// Most denoise passes that may follow the fall of a block's last mask.
 pub const POST_STEPS_MAX: u32 = 64;
+/// Most steps of a schedule by time.
+pub const STEPS_MAX: u32 = 4096;
 
 /// Which positions to fill in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -43,6 +45,9 @@ pub enum Policy {
     Factor {
         /// Above 0; larger is more parallel.
         factor: f32,
+        /// Where exactly the last remaining candidate fails, it falls too (the authors' code).
+        #[serde(default)]
+        last_falls: bool,
     },
     /// Ascending entropy while a running sum stays under `gamma` nats (EB-Sampler, arXiv 2505.24857).
     EntropyBounded {
@@ -68,6 +73,24 @@ pub enum Policy {
         /// Passes after the last mask fell, at most [`POST_STEPS_MAX`].
         #[serde(default = "default_post_steps")]
         max_post_steps: u32,
+        /// When fewer masks pass than this, the best so many fall; at least 1.
+        #[serde(default = "default_at_least")]
+        at_least: u32,
+    },
+    /// Shares of the masks that shrink with a time from 1 to `eps` (Dream): step i fills
+    /// `trunc(masks * (1 - t(i+1) / t(i)))` of them, the last step all. A share can be none.
+    Timesteps {
+        /// Steps per block, at least 1.
+        steps: u32,
+        /// Time of the last step, in (0, 1).
+        eps: f32,
+        /// What comes first.
+        #[serde(default)]
+        order: Order,
+        /// When set, steps have equal shares instead; of a share only the best and what reaches this confidence fall, and
+        /// the others are added to the next one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tau: Option<f32>,
     },
     /// A block of one with causal reach and shifted rows.
     Autoregressive,
@@ -75,6 +98,10 @@ pub enum Policy {
 
 fn default_post_steps() -> u32 {
     16
+}
+
+fn default_at_least() -> u32 {
+    1
 }
 
 /// Order in which a fixed schedule fills positions.
@@ -147,7 +174,7 @@ impl Policy {
                 require(probability(tau), "policy.threshold.tau", format!("must be in (0, 1], is {tau}"));
                 require(quota_steps != Some(0), "policy.threshold.quota_steps", "must be at least 1".into());
             }
-            Policy::Factor { factor } => require(
+            Policy::Factor { factor, .. } => require(
                 factor > 0.0 && factor.is_finite(),
                 "policy.factor.factor",
                 format!("must be above 0, is {factor}"),
@@ -165,7 +192,26 @@ impl Policy {
                     format!("must be from 0 to high ({high}), is {low}"),
                 );
             }
-            Policy::JointEdit { tau, tau_edit, max_post_steps } => {
+            Policy::Timesteps { steps, eps, tau, .. } => {
+                require(steps >= 1, "policy.timesteps.steps", "must be at least 1".into());
+                require(
+                    steps <= STEPS_MAX,
+                    "policy.timesteps.steps",
+                    format!("must be at most {STEPS_MAX}, is {steps}"),
+                );
+                require(eps > 0.0 && eps < 1.0, "policy.timesteps.eps", format!("must be in (0, 1), is {eps}"));
+                require(
+                    tau.is_none_or(probability),
+                    "policy.timesteps.tau",
+                    format!("must be in (0, 1], is {}", tau.unwrap_or_default()),
+                );
+            }
+            Policy::JointEdit { tau, tau_edit, max_post_steps, at_least } => {
+                require(
+                    (1..=block_size).contains(&at_least),
+                    "policy.joint_edit.at_least",
+                    format!("must be from 1 to the block size {block_size}, is {at_least}"),
+                );
                 require(probability(tau), "policy.joint_edit.tau", format!("must be in (0, 1], is {tau}"));
                 require(
                     (0.0..=1.0).contains(&tau_edit),
@@ -188,10 +234,11 @@ impl Policy {
         matches!(self, Policy::JointEdit { .. })
     }
 
-    /// Most denoise passes a block with `masks` masks can take: at least one mask falls in each pass.
+    /// Most denoise passes a block with `masks` masks can take: but for empty shares at least one mask falls in each.
     pub fn step_cap(&self, masks: u32) -> u32 {
         match self {
             Policy::JointEdit { max_post_steps, .. } => masks + max_post_steps + 1,
+            Policy::Timesteps { steps, .. } => masks + steps,
             _ => masks,
         }
     }

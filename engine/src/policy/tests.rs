@@ -95,8 +95,8 @@ fn equal_confidences_fall_from_the_left() {
 #[test]
 fn factor_accepts_the_longest_prefix() {
     // Bounds for factor 1: always, 1 - 1/3, 1 - 1/4.
-    assert_eq!(Block::masks(&[0.2, 0.7, 0.8]).chosen(Policy::Factor { factor: 1.0 }), [1, 2]);
-    assert_eq!(Block::masks(&[0.6, 0.5, 0.8]).chosen(Policy::Factor { factor: 1.0 }), [2]);
+    assert_eq!(Block::masks(&[0.2, 0.7, 0.8]).chosen(Policy::Factor { factor: 1.0, last_falls: false }), [1, 2]);
+    assert_eq!(Block::masks(&[0.6, 0.5, 0.8]).chosen(Policy::Factor { factor: 1.0, last_falls: false }), [2]);
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn joint_edit_fills_masks_and_replaces_what_the_model_doubts() {
     block.masked = vec![false, false, false, true];
     block.immutable = vec![true, false, false, false];
     block.tokens = vec![7, 7, 102, 0];
-    let policy = Policy::JointEdit { tau: 0.5, tau_edit: 0.9, max_post_steps: 4 };
+    let policy = Policy::JointEdit { tau: 0.5, tau_edit: 0.9, max_post_steps: 4, at_least: 1 };
     assert_eq!(block.chosen(policy), [1, 3]);
 }
 
@@ -131,7 +131,7 @@ fn joint_edit_fills_masks_and_replaces_what_the_model_doubts() {
 fn every_bad_number_is_named() {
     assert!(strict(f32::NAN).violations(8)[0].message.contains("NaN"));
     assert_eq!(fixed(9, Order::Confidence).violations(8)[0].field, "policy.fixed.steps");
-    assert_eq!(Policy::JointEdit { tau: 0.0, tau_edit: 2.0, max_post_steps: 99 }.violations(8).len(), 3);
+    assert_eq!(Policy::JointEdit { tau: 0.0, tau_edit: 2.0, max_post_steps: 99, at_least: 1 }.violations(8).len(), 3);
     assert!(Policy::Hierarchical { low: 0.2, high: 0.9 }.violations(8).is_empty());
 }
 
@@ -151,10 +151,15 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             [Order::Confidence, Order::Margin, Order::Entropy, Order::Sequential, Order::Random][order]
         )),
         unit.clone().prop_map(strict),
-        (0.1f32..8.0).prop_map(|factor| Policy::Factor { factor }),
+        (0.1f32..8.0).prop_map(|factor| Policy::Factor { factor, last_falls: false }),
         (0.0f32..4.0).prop_map(|gamma| Policy::EntropyBounded { gamma, bound: Bound::AllButLargest }),
         (unit.clone(), unit.clone()).prop_map(|(a, b)| Policy::Hierarchical { low: a.min(b), high: a.max(b) }),
-        (unit.clone(), unit).prop_map(|(tau, tau_edit)| Policy::JointEdit { tau, tau_edit, max_post_steps: 4 }),
+        (unit.clone(), unit).prop_map(|(tau, tau_edit)| Policy::JointEdit {
+            tau,
+            tau_edit,
+            max_post_steps: 4,
+            at_least: 1
+        }),
         Just(Policy::Autoregressive),
     ]
 }

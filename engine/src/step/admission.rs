@@ -5,7 +5,7 @@ use crate::model::{ModelConfig, Reach};
 use crate::pages::Pages;
 use crate::plan::PROMPT_SHARE;
 use crate::policy::Policy;
-use crate::request::{BLOCK_SIZE_MAX, Ends, Invalid, POSITIONS_MAX, Refusal, Request, STOP_IDS_MAX};
+use crate::request::{BLOCK_SIZE_MAX, Cache, Ends, Invalid, POSITIONS_MAX, Refusal, Request, STOP_IDS_MAX};
 
 /// Checks everything about a request that the model and the limits decide.
 pub(super) fn check(request: &Request, config: &ModelConfig, limits: &Limits) -> Result<(), Refusal> {
@@ -97,6 +97,22 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         "block_size",
         format!("must be one of {:?}, is {size}", config.block_sizes),
     );
+    let (manner, sub_block) = (&settings.manner, sub_block(request, config));
+    require(size.is_multiple_of(sub_block), "sub_block", format!("must divide the block size {size}, is {sub_block}"));
+    let reuses = config.open_reach == Reach::Bidirectional || (manner.cache == Cache::Dual && sub_block < size);
+    require(
+        manner.cache == Cache::None || reuses,
+        "cache",
+        format!(
+            "{} has nothing to reuse within a block of one part: its cache of finished blocks is exact",
+            config.name
+        ),
+    );
+    require(
+        manner.suppress.len() <= STOP_IDS_MAX,
+        "suppress",
+        format!("holds {} ids, at most {STOP_IDS_MAX} are taken", manner.suppress.len()),
+    );
     require(
         !settings.policy.edits() || config.edit || request.raw,
         "policy",
@@ -121,12 +137,23 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
 
 /// How the outputs of a request end.
 pub(super) fn ends(request: &Request, config: &ModelConfig) -> Ends {
-    request.settings.ends.unwrap_or_else(|| config.family.ends())
+    request.settings.manner.ends.unwrap_or_else(|| config.family.ends())
 }
 
 /// Rows decoded together.
 pub(super) fn block_size(request: &Request) -> u32 {
     if request.settings.policy == Policy::Autoregressive { 1 } else { request.settings.block_size }
+}
+
+/// Positions that may fall together.
+pub(super) fn sub_block(request: &Request, config: &ModelConfig) -> u32 {
+    let (size, family) = (block_size(request).max(1), config.family.sub_block());
+    match request.settings.manner.sub_block {
+        Some(0) => size,
+        Some(sub_block) => sub_block,
+        None if family > 0 && size.is_multiple_of(family) => family,
+        None => size,
+    }
 }
 
 /// Where the first block begins: families that read everything at once count blocks from the end of the prompt.

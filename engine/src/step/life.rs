@@ -5,10 +5,11 @@ use crate::block::{OpenBlock, Progress};
 use crate::draw::{Purpose, key};
 use crate::model::{Model, Reach};
 use crate::plan::Grant;
-use crate::policy::{Candidate, Change, Policy, decide};
+use crate::policy::{Candidate, Change, Policy, View, decide};
 use crate::prefix::Chain;
-use crate::request::{BlockTrace, Ends, Event, Fill, Reason, Request};
+use crate::request::{BlockTrace, Cache, Ends, Event, Fill, Reason, Request};
 use std::cmp::Reverse;
+use std::ops::Range;
 
 /// Where a request stands. Kept rows `[kept, ..)` are those whose final keys and values are still to come.
 #[derive(Debug)]
@@ -56,6 +57,8 @@ pub(super) struct Life {
     /// Where the first block begins: 0, or the end of the prompt.
     pub(super) origin: u32,
     pub(super) block_size: u32,
+    /// Positions of a block that may fall together.
+    sub_block: u32,
     pub(super) canvas_end: u32,
     /// End-of-sequence ids of the model; none for raw requests, whose stop ids say it all.
     eos_ids: Vec<u32>,
@@ -72,6 +75,7 @@ pub(super) struct Life {
 #[derive(Debug, Default)]
 pub(super) struct Deciding {
     spread: Vec<Candidate>,
+    masked: Vec<bool>,
     immutable: Vec<bool>,
     random: Vec<u32>,
     changes: Vec<Change>,
@@ -113,6 +117,7 @@ impl Life {
             shift: config.shift && !autoregressive,
             origin,
             block_size,
+            sub_block: admission::sub_block(&request, config),
             eos_ids: if request.raw { Vec::new() } else { config.eos_ids.clone() },
             mask_id: config.mask_id.unwrap_or(0),
             passes: 0,
@@ -156,6 +161,25 @@ impl Life {
         let start = self.block_start();
         let len = self.block_size.min(self.canvas_end - start);
         OpenBlock::new(start, len as usize, &self.tokens[start as usize..])
+    }
+
+    /// Indices of the block that may fall in the next pass: the first part with masks. Where an earlier pass stands for
+    /// the rows before the block, its first position has no row that scores it later: it falls first, and alone.
+    pub(super) fn part(&self, block: &OpenBlock) -> Range<usize> {
+        let cached = self.request.settings.manner.cache != Cache::None;
+        if self.whole() && self.shift && cached && block.step == 0 && block.prompt_len == 0 {
+            return 0..1;
+        }
+        let first = block.masked.iter().position(|&masked| masked).unwrap_or(0);
+        let size = self.sub_block as usize;
+        let start = first - first % size;
+        start..(start + size).min(block.len())
+    }
+
+    /// Indices of the block whose rows need the head.
+    pub(super) fn scored<'a>(&'a self, block: &'a OpenBlock) -> impl Iterator<Item = usize> + 'a {
+        let policy = &self.request.settings.policy;
+        self.part(block).filter(|&i| block.can_change(i, policy))
     }
 
     /// Rows before this have their final keys and values in the pages.
@@ -230,7 +254,8 @@ impl Life {
         let mut block = self.open_block();
         block.reveal_first(candidate);
         self.nfe += 1;
-        let last = block.len() == 1;
+        let output = self.request.prompt.len() as u32 + self.request.settings.max_tokens;
+        let last = block.len() == 1 || block.start + 1 == output;
         self.state = State::Denoise { block, store: None };
         if last || (self.ends.at_first_stop && self.is_stop(candidate.token)) {
             return self.finish_block(true, events);
@@ -244,21 +269,20 @@ impl Life {
         deciding: &mut Deciding,
         events: &mut Vec<Event>,
     ) -> Option<Reason> {
-        let settings = &self.request.settings;
-        let State::Denoise { block, .. } = &mut self.state else { return None };
-        let Deciding { spread, immutable, random, changes } = deciding;
-        let len = block.len();
-        let mut proposals = candidates.iter();
+        let State::Denoise { block, .. } = &self.state else { return None };
+        let (settings, part, len) = (&self.request.settings, self.part(block), block.len());
+        let Deciding { spread, masked, immutable, random, changes } = deciding;
         spread.clear();
-        spread.extend((0..len).map(|i| {
-            let proposal = if block.can_change(i, &settings.policy) { proposals.next().copied() } else { None };
-            proposal.unwrap_or_default()
-        }));
+        spread.resize(len, Candidate::default());
+        self.scored(block).zip(candidates).for_each(|(i, candidate)| spread[i] = *candidate);
+        masked.clear();
+        masked.extend((0..len).map(|i| block.masked[i] && part.contains(&i)));
         immutable.clear();
-        immutable.extend((0..len).map(|i| i < block.prompt_len));
+        immutable.extend((0..len).map(|i| i < block.prompt_len || !part.contains(&i)));
         random.clear();
         random.extend((block.start..).take(len).map(|at| key(settings.sampling.seed, Purpose::Order, at, 0)[0]));
-        decide(&settings.policy, &block.view(immutable, spread, random, self.block_size), changes);
+        decide(&settings.policy, &View { masked, ..block.view(immutable, spread, random, self.block_size) }, changes);
+        let State::Denoise { block, .. } = &mut self.state else { return None };
         let progress = block.apply(&settings.policy, changes, spread, self.passes as i32);
         self.passes += 1;
         self.nfe += 1;

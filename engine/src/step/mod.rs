@@ -172,6 +172,16 @@ impl Engine {
         self.rank.ranks()
     }
 
+    /// Its limits.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Its share of the model, for passes that belong to no request.
+    pub(crate) fn rank(&mut self) -> &mut Rank {
+        &mut self.rank
+    }
+
     /// Why the group of this engine is over: nothing is computed any more, what was committed stands.
     pub fn failure(&self) -> Option<&CommError> {
         self.failure.as_ref()
@@ -318,7 +328,7 @@ impl Engine {
         let batch = &mut self.batch;
         let jobs = batch.jobs.iter().map(|job| (&self.active[job.active], job));
         let tables: Vec<&[u32]> = jobs.clone().map(|(life, _)| life.pages.as_slice()).collect();
-        let drawing = jobs.filter(|(life, _)| life.request.settings.sampling.filters());
+        let drawing = jobs.filter(|(life, _)| life.request.settings.needs_logits());
         batch.wanted.extend(drawing.flat_map(|(_, job)| job.outputs.clone()).map(|output| output as u32));
         batch.records.clear();
         batch.records.resize(batch.outputs.len(), Record::default());
@@ -351,16 +361,17 @@ impl Engine {
     /// One request's part of [`Engine::decode`]; its last event when it is over.
     fn decide(&mut self, job: &Job, batch: &mut Batch, events: &mut Vec<Event>) -> Option<Event> {
         let life = &mut self.active[job.active];
-        let sampling = life.request.settings.sampling;
+        let settings = &life.request.settings;
         batch.candidates.clear();
         for output in job.outputs.clone() {
             let record = &mut batch.records[output];
-            if sampling.filters() {
-                let key = batch.draws[output].key;
+            if settings.needs_logits() {
                 self.rank.row_logits(output, &mut batch.logits);
-                sample::refine(record, &batch.logits, self.rank.bans(), &sampling, key, &mut batch.ranked);
+                let key = batch.draws[output].key;
+                sample::refine(record, &batch.logits, self.rank.bans(), settings, key, &mut batch.ranked);
             }
-            batch.candidates.push(sample::candidate(record));
+            let candidate = sample::candidate(record);
+            batch.candidates.push(sample::among_others(candidate, record, &batch.logits, &settings.manner.suppress));
         }
         let reason = life.advance(job.grant, &batch.candidates, &mut batch.deciding, events);
         life.publish(&mut self.pages);

@@ -6,6 +6,8 @@ use crate::block::OpenBlock;
 use crate::draw::{Purpose, key};
 use crate::model::{Reach, row_end};
 use crate::plan::{Grant, Need};
+use crate::request::Cache;
+use std::ops::Range;
 use unmask_kernels::{Draw, Row};
 
 impl Life {
@@ -32,9 +34,9 @@ impl Life {
                 let open = self.block_size.min(self.canvas_end - start);
                 Need { kept: start - next, open, splits: true, ..base }
             }
-            State::Denoise { .. } if self.whole() => Need { open: self.canvas_end, ..base },
             State::Denoise { block, store } => {
-                Need { kept: store.map_or(0, |from| block.start - from), open: block.len() as u32, ..base }
+                let kept = store.map_or(0, |from| block.start - from);
+                Need { kept, open: self.window(block).len() as u32, ..base }
             }
             State::Decode { next } | State::Store { next } => Need { kept: len - next, ..base },
             State::Queued | State::Finished { .. } => base,
@@ -60,8 +62,7 @@ impl Life {
             batch.rows.push(Row { sequence, position, end });
         }
         match &self.state {
-            State::Denoise { block, .. } if grant.open && self.whole() => self.push_canvas(block, sequence, batch),
-            State::Denoise { block, .. } if grant.open => self.push_open_rows(block, sequence, batch),
+            State::Denoise { block, .. } if grant.open => self.push_window(block, sequence, batch),
             State::Decode { .. } | State::Store { .. } => {
                 batch.outputs.push(batch.rows.len() as u32 - 1);
                 batch.draws.push(self.draw(self.tokens.len() as u32, 0));
@@ -70,35 +71,51 @@ impl Life {
         }
     }
 
-    fn push_open_rows(&self, block: &OpenBlock, sequence: u32, batch: &mut Batch) {
-        let block_end = block.start + block.len() as u32;
-        self.push_outputs(block, batch.rows.len() as u32, batch);
-        for (i, position) in (block.start..block_end).enumerate() {
-            let end = match self.open_reach {
-                Reach::Causal => position + 1,
-                Reach::Block | Reach::Bidirectional => block_end,
-            };
-            batch.ids.push(if block.masked[i] { self.mask_id } else { block.tokens[i] });
-            batch.rows.push(Row { sequence, position, end });
+    /// Positions that a pass over an open block computes: the block, or of families that read everything at once the
+    /// whole canvas; less where a cache stands for the rest.
+    fn window(&self, block: &OpenBlock) -> Range<u32> {
+        let open = block.start..block.start + block.len() as u32;
+        let cache = if block.step == 0 { Cache::None } else { self.request.settings.manner.cache };
+        match (self.whole(), cache) {
+            (true, Cache::None) => 0..self.canvas_end,
+            (true, Cache::Prefix) => open.start..self.canvas_end,
+            (true, Cache::Dual) | (false, Cache::None | Cache::Prefix) => open,
+            (false, Cache::Dual) => {
+                let part = self.part(block);
+                // Its first position is scored by the row before it, which must then be computed too.
+                if block.masked[part.start] {
+                    return open;
+                }
+                open.start + part.start as u32..open.start + part.end as u32
+            }
         }
     }
 
-    /// All rows: what is committed, the open block, and masks to the end of the canvas.
-    fn push_canvas(&self, block: &OpenBlock, sequence: u32, batch: &mut Batch) {
-        let end = self.canvas_end;
-        self.push_outputs(block, batch.rows.len() as u32 + block.start, batch);
-        let open = block.tokens.iter().zip(&block.masked).map(|(&id, &masked)| if masked { self.mask_id } else { id });
-        let ids = self.tokens[..block.start as usize].iter().copied().chain(open);
-        batch.ids.extend(ids.chain(std::iter::repeat(self.mask_id)).take(end as usize));
-        batch.rows.extend((0..end).map(|position| Row { sequence, position, end }));
-    }
-
-    /// Names the rows that score what can still change in a block whose own first row is `first`.
-    fn push_outputs(&self, block: &OpenBlock, first: u32, batch: &mut Batch) {
-        let policy = &self.request.settings.policy;
-        for i in (0..block.len()).filter(|&i| block.can_change(i, policy)) {
-            batch.outputs.push(first + i as u32 - u32::from(self.shift));
-            batch.draws.push(self.draw(block.start + i as u32, block.step));
+    /// Appends the rows of the window. Behind the block everything is masked.
+    fn push_window(&self, block: &OpenBlock, sequence: u32, batch: &mut Batch) {
+        let window = self.window(block);
+        let first = batch.rows.len() as u32;
+        for i in self.scored(block) {
+            let position = block.start + i as u32;
+            batch.outputs.push(first + position - u32::from(self.shift) - window.start);
+            batch.draws.push(self.draw(position, block.step));
+        }
+        let block_end = block.start + block.len() as u32;
+        for position in window {
+            let id = match position.checked_sub(block.start) {
+                None => self.tokens[position as usize],
+                Some(i) => match block.masked.get(i as usize) {
+                    Some(false) => block.tokens[i as usize],
+                    _ => self.mask_id,
+                },
+            };
+            let end = match self.open_reach {
+                Reach::Causal => position + 1,
+                Reach::Block => block_end,
+                Reach::Bidirectional => self.canvas_end,
+            };
+            batch.ids.push(id);
+            batch.rows.push(Row { sequence, position, end });
         }
     }
 

@@ -4,7 +4,7 @@
 use super::*;
 use crate::model::LoadOptions;
 use crate::policy::{Bound, Comparison, Order, Policy, Quota};
-use crate::request::{Reason, Sampling, Settings};
+use crate::request::{Manner, Reason, Sampling, Settings};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -36,9 +36,9 @@ fn policies() -> [Policy; 6] {
         THRESHOLD,
         Policy::Fixed { steps: 2, order: Order::Margin, quota: Quota::Masks },
         Policy::Fixed { steps: 4, order: Order::Random, quota: Quota::Masks },
-        Policy::Factor { factor: 1.0 },
+        Policy::Factor { factor: 1.0, last_falls: false },
         Policy::EntropyBounded { gamma: 1.0, bound: Bound::AllButLargest },
-        Policy::JointEdit { tau: 0.5, tau_edit: 0.6, max_post_steps: 2 },
+        Policy::JointEdit { tau: 0.5, tau_edit: 0.6, max_post_steps: 2, at_least: 1 },
     ]
 }
 
@@ -56,7 +56,7 @@ fn request(id: u64, shared: u32, own: u32, policy: Policy, block_size: u32) -> R
                 sampling: Sampling { temperature: 0.8, top_p: 1.0, top_k: 0, seed: 7 + id },
                 stop_ids: Vec::new(),
                 nfe_cap: 0,
-                ends: None,
+                manner: Manner::default(),
             },
         )
     }
@@ -368,7 +368,7 @@ fn a_panic_in_one_request_ends_no_other() {
 /// ones, a block whose last pass changed nothing needs no store. Rows are counted from what the passes did.
 #[test]
 fn a_store_rides_along_or_is_not_needed() {
-    let settling = Policy::JointEdit { tau: 0.5, tau_edit: 0.9, max_post_steps: 3 };
+    let settling = Policy::JointEdit { tau: 0.5, tau_edit: 0.9, max_post_steps: 3, at_least: 1 };
     let mut left_out = 0;
     for (model, policy) in
         [(block_causal(), settling), (block_causal(), THRESHOLD), (causal(), settling), (causal(), THRESHOLD)]

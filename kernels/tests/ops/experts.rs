@@ -4,9 +4,7 @@ use super::{Noise, assert_close, bits, cpus};
 use proptest::prelude::*;
 use unmask_kernels::experts::combine;
 use unmask_kernels::reference;
-use unmask_kernels::{
-    Choice, Cpu, Epilogue, Expert, ExpertBuffers, Packed, ProductShape, Router, Score, WeightType,
-};
+use unmask_kernels::{Choice, Cpu, Epilogue, Expert, ExpertBuffers, Packed, ProductShape, Router, Score, WeightType};
 
 fn router(noise: &mut Noise) -> Router {
     let groups = [1, 2, 4][noise.below(3)];

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 use tonic_types::StatusExt as _;
 use unmask_engine::policy::{Comparison, Policy};
-use unmask_engine::{LoadOptions, Model, Sampling, Settings};
+use unmask_engine::{LoadOptions, Manner, Model, Sampling, Settings};
 use unmask_proto::v1::{FinishReason, RunResponse, run_response};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -46,7 +46,7 @@ impl Running {
             sampling: Sampling::GREEDY,
             stop_ids: Vec::new(),
             nfe_cap: 0,
-            ends: None,
+            manner: Manner::default(),
         };
         let request = Request::new(self.handle.next_id(), (0..PROMPT).map(|i| 20 + i).collect(), settings);
         let mut terms = Terms {
