@@ -325,7 +325,7 @@ pub struct DecodeArgs {
     /// Parameters as a JSON object
     #[arg(long, default_value = "{}")]
     pub params: String,
-    /// Whose decoding loop: ar, stable_diffcoder, sdar, unmask; default: the model's authors'
+    /// Whose decoding loop, such as sdar or llada2_edit; default: the model's authors'
     #[arg(long = "loop", value_name = "NAME")]
     pub decoding_loop: Option<String>,
     /// As JSON

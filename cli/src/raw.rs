@@ -66,7 +66,7 @@ pub fn decode(args: &DecodeArgs) -> anyhow::Result<ExitCode> {
     let loop_kind = match &args.decoding_loop {
         None => LoopKind::of(&model),
         Some(name) => LoopKind::from_name(name)
-            .ok_or_else(|| anyhow!("--loop: {name:?} is unknown; known are ar, stable_diffcoder, sdar, unmask"))?,
+            .ok_or_else(|| anyhow!("--loop: {name:?} is unknown; known are {}", LoopKind::known()))?,
     };
     let outcome = raw::decode(&model, &RawDecode { prompt: args.ids.clone(), loop_kind, parameters })?;
     let text = if args.json { format!("{}\n", to_json(&outcome)) } else { table(&outcome) };

@@ -131,8 +131,8 @@ fn decode_gives_every_commit_and_refuses_unknown_parameters() {
     assert!(bad(r#"{"policy": {"threshold": {"tau": 1.5}}}"#).contains("(0, 1]"));
     assert!(bad(r#"{"temperature": -1}"#).contains("temperature"));
     assert!(bad("{").contains("--params"));
-    let error = failure(&["decode", "--model", model, "--ids", "20", "--loop", "dream"], 1);
-    assert!(error.contains("dream") && error.contains("sdar"), "{error}");
+    let error = failure(&["decode", "--model", model, "--ids", "20", "--loop", "drums"], 1);
+    assert!(error.contains("drums") && error.contains("sdar"), "{error}");
 }
 
 #[test]

@@ -268,7 +268,7 @@ fn name(r: &Reader<'_>, dir: &Path) -> String {
 /// Mathematics that this program does not do must not be ignored.
 fn refuse_what_is_not_implemented(r: &mut Reader<'_>, family: Family) {
     if r.value("hidden_act").is_some_and(|act| act != "silu") {
-        r.problem("hidden_act must be silu: other activations are not implemented");
+        r.problem(format!("{} must be silu: other activations are not implemented", r.name("hidden_act")));
     }
     if r.value("use_sliding_window") == Some(&Value::Bool(true)) {
         r.problem("use_sliding_window: sliding windows are not implemented");

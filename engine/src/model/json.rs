@@ -30,7 +30,7 @@ impl<'a> Reader<'a> {
     }
 
     /// What the object calls `key`.
-    fn name<'k>(&self, key: &'k str) -> &'k str {
+    pub(super) fn name<'k>(&self, key: &'k str) -> &'k str {
         self.names.iter().find(|(_, usual)| *usual == key).map_or(key, |(here, _)| here)
     }
 

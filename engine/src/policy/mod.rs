@@ -193,11 +193,10 @@ impl Policy {
                 );
             }
             Policy::Timesteps { steps, eps, tau, .. } => {
-                require(steps >= 1, "policy.timesteps.steps", "must be at least 1".into());
                 require(
-                    steps <= STEPS_MAX,
+                    (1..=STEPS_MAX).contains(&steps),
                     "policy.timesteps.steps",
-                    format!("must be at most {STEPS_MAX}, is {steps}"),
+                    format!("must be from 1 to {STEPS_MAX}, is {steps}"),
                 );
                 require(eps > 0.0 && eps < 1.0, "policy.timesteps.eps", format!("must be in (0, 1), is {eps}"));
                 require(

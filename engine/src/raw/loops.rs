@@ -67,7 +67,7 @@ impl LoopKind {
             "sdar" | "sdar_moe" => Self::Sdar,
             "fast_dllm_v2" => Self::FastDllmV2,
             "llada2_moe" => Self::Llada2,
-            "dream" | "coda" | "rnd1" => Self::Dream,
+            "dream" | "coda" | "rnd1" => Self::DreamBlock,
             "llada" | "llada_moe" | "a2d_qwen2" | "a2d_qwen3" => Self::Llada,
             _ => Self::Unmask,
         }

@@ -97,22 +97,6 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         "block_size",
         format!("must be one of {:?}, is {size}", config.block_sizes),
     );
-    let (manner, sub_block) = (&settings.manner, sub_block(request, config));
-    require(size.is_multiple_of(sub_block), "sub_block", format!("must divide the block size {size}, is {sub_block}"));
-    let reuses = config.open_reach == Reach::Bidirectional || (manner.cache == Cache::Dual && sub_block < size);
-    require(
-        manner.cache == Cache::None || reuses,
-        "cache",
-        format!(
-            "{} has nothing to reuse within a block of one part: its cache of finished blocks is exact",
-            config.name
-        ),
-    );
-    require(
-        manner.suppress.len() <= STOP_IDS_MAX,
-        "suppress",
-        format!("holds {} ids, at most {STOP_IDS_MAX} are taken", manner.suppress.len()),
-    );
     require(
         !settings.policy.edits() || config.edit || request.raw,
         "policy",
@@ -133,6 +117,32 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         );
     }
     found.extend(settings.policy.violations(size.max(1)));
+    check_manner(request, config, found);
+}
+
+/// What is done beside the policy.
+fn check_manner(request: &Request, config: &ModelConfig, found: &mut Vec<Invalid>) {
+    let (manner, size, sub_block) = (&request.settings.manner, block_size(request), sub_block(request, config));
+    let mut require = |ok: bool, field: &str, message: String| {
+        if !ok {
+            found.push(Invalid { field: field.into(), message });
+        }
+    };
+    require(size.is_multiple_of(sub_block), "sub_block", format!("must divide the block size {size}, is {sub_block}"));
+    let reuses = config.open_reach == Reach::Bidirectional || (manner.cache == Cache::Dual && sub_block < size);
+    require(
+        manner.cache == Cache::None || reuses,
+        "cache",
+        format!(
+            "{} has nothing to reuse within a block of one part: its cache of finished blocks is exact",
+            config.name
+        ),
+    );
+    require(
+        manner.suppress.len() <= STOP_IDS_MAX,
+        "suppress",
+        format!("holds {} ids, at most {STOP_IDS_MAX} are taken", manner.suppress.len()),
+    );
 }
 
 /// How the outputs of a request end.
