@@ -2,8 +2,8 @@
 
 Reads JSON lines {"source": ..} from standard input; answers each with a line {"outcome": "passed" | "failed" |
 "timeout", "detail": ..}. Limits come as arguments: seconds, bytes of memory. What a program can ask of the kernel is
-limited by `confine`. A program cannot be kept from looking into its own interpreter: one that is written to find the
-secret of its answer there can claim to have passed.
+limited by `confine`. A program cannot be kept from changing its own interpreter: one that is written to answer for
+itself can claim to have passed.
 """
 
 import json
@@ -12,6 +12,7 @@ import resource
 import secrets
 import select
 import signal
+import socket
 import sys
 import time
 
@@ -20,8 +21,13 @@ DETAIL_BYTES_MAX = 4000
 ANSWER_BYTES_MAX = 1 << 20
 
 
+# An interrupt from the terminal is for those who started this; it ends when they are gone.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def child(source, writer, secret):
     os.setsid()
+    die_with_parent()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS) + 1, int(SECONDS) + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -38,7 +44,7 @@ def child(source, writer, secret):
         answer = [secret, "passed", json.dumps(scope["RESULTS"])]
     except BaseException as error:  # whatever a program raises is its failure
         answer = [secret, "failed", f"{type(error).__name__}: {error}"[:DETAIL_BYTES_MAX]]
-    with os.fdopen(writer, "w") as out:
+    with os.fdopen(writer.detach(), "w") as out:
         json.dump(answer, out)
         out.flush()
         os._exit(0)
@@ -51,7 +57,7 @@ def read_all(reader):
         ready, _, _ = select.select([reader], [], [], max(0.0, end - time.monotonic()))
         if not ready:
             return None
-        part = os.read(reader, 65536)
+        part = reader.recv(65536)
         if not part:
             break
         data += part
@@ -59,15 +65,16 @@ def read_all(reader):
 
 
 def run(source):
-    reader, writer = os.pipe()
+    # Sockets: unlike pipes, nobody can open them once more by way of /proc.
+    reader, writer = socket.socketpair()
     secret = secrets.token_hex(16)
     pid = os.fork()
     if pid == 0:
-        os.close(reader)
+        reader.close()
         child(source, writer, secret)
-    os.close(writer)
+    writer.close()
     data = read_all(reader)
-    os.close(reader)
+    reader.close()
     for kill in (lambda: os.killpg(pid, signal.SIGKILL), lambda: os.kill(pid, signal.SIGKILL)):
         try:
             kill()
@@ -78,10 +85,11 @@ def run(source):
         return {"outcome": "timeout", "detail": f"no end within {SECONDS} s"}
     try:
         said, outcome, detail = json.loads(data)
-        if said != secret:
+        if said != secret or not isinstance(outcome, str) or not isinstance(detail, str):
             raise ValueError
-        return {"outcome": outcome, "detail": detail}
-    except (ValueError, TypeError):
+        # Half a character would not be valid in the answer.
+        return {"outcome": outcome, "detail": detail.encode("utf-8", "replace").decode()}
+    except Exception:  # whatever a program wrote there
         return {"outcome": "failed", "detail": "ended without an answer"}
 
 

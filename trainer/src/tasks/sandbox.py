@@ -8,6 +8,7 @@ import ctypes
 import errno
 import os
 import platform
+import signal
 import struct
 import sys
 
@@ -37,7 +38,7 @@ NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
 # Instructions of the classic packet filter.
 LOAD, IF_EQUAL, IF_ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
 KILL, DENY, ALLOW = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, FILTER = 38, 22, 2
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, FILTER = 1, 38, 22, 2
 
 
 def instructions(machine):
@@ -57,6 +58,12 @@ def instructions(machine):
         if numbers[column] is not None:
             code += [(IF_EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
     return code + [(RETURN, 0, 0, DENY)]
+
+
+def die_with_parent():
+    """Sees to it that the kernel kills this process when the one that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 def confine():

@@ -2,9 +2,11 @@
 //! Linux without sockets, processes, signals and written files.
 
 use super::Task;
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -105,34 +107,59 @@ fn answers(programs: &[Program], limits: &Limits) -> anyhow::Result<Vec<Answer>>
 
 fn run_part(programs: &[Program], limits: &Limits) -> anyhow::Result<Vec<Answer>> {
     let mut driver = Driver::start(limits)?;
-    programs.iter().map(|program| driver.ask(program)).collect()
+    let mut all = Vec::with_capacity(programs.len());
+    for program in programs {
+        all.push(match driver.ask(program) {
+            Ok(answer) => answer,
+            Err(error) => {
+                // It did what no other did before: that is its failure, and nobody else's.
+                driver = Driver::start(limits)?;
+                Answer { outcome: "failed".into(), detail: format!("{error:#}") }
+            }
+        });
+    }
+    Ok(all)
 }
+
+/// A driver answers within the time of a program and this much more, or is given up.
+const ANSWER_SLACK: Duration = Duration::from_secs(20);
 
 struct Driver {
     child: Child,
-    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+    requests: UnixStream,
+    answers: BufReader<UnixStream>,
 }
 
 impl Driver {
+    /// Starts a driver and has it run an empty program: what keeps every program from running is an error at once.
     fn start(limits: &Limits) -> anyhow::Result<Driver> {
-        let mut child = Command::new(PYTHON)
+        // Sockets: unlike pipes, no program can open them once more by way of /proc.
+        let (requests, theirs) = UnixStream::pair()?;
+        requests.set_read_timeout(Some(limits.time + ANSWER_SLACK))?;
+        requests.set_write_timeout(Some(limits.time + ANSWER_SLACK))?;
+        let child = Command::new(PYTHON)
             .args(["-I", "-c", DRIVER])
             .arg(limits.time.as_secs_f64().to_string())
             .arg(limits.memory_bytes.to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
+            .stdin(OwnedFd::from(theirs.try_clone()?))
+            .stdout(OwnedFd::from(theirs))
             .stderr(Stdio::null())
             .spawn()
             .with_context(|| format!("cannot start {PYTHON}, which runs the tasks' tests"))?;
-        let stdout = child.stdout.take().context("the verifier has no output")?;
-        Ok(Driver { child, lines: BufReader::new(stdout).lines() })
+        let answers = BufReader::new(requests.try_clone()?);
+        let mut driver = Driver { child, requests, answers };
+        let answer = driver.ask(&Program { source: String::new() }).context("the verifier does not work")?;
+        ensure!(answer.outcome == "passed", "programs cannot be run: {}", answer.detail);
+        Ok(driver)
     }
 
     fn ask(&mut self, program: &Program) -> anyhow::Result<Answer> {
-        let stdin = self.child.stdin.as_mut().context("the verifier has no input")?;
-        serde_json::to_writer(&mut *stdin, program)?;
-        stdin.write_all(b"\n")?;
-        let line = self.lines.next().context("the verifier ended")??;
+        let mut request = serde_json::to_vec(program)?;
+        request.push(b'\n');
+        self.requests.write_all(&request)?;
+        let mut line = String::new();
+        self.answers.read_line(&mut line).context("the verifier does not answer")?;
+        ensure!(!line.is_empty(), "the verifier ended");
         Ok(serde_json::from_str(&line)?)
     }
 }
@@ -243,6 +270,25 @@ mod tests {
             Outcome::Passed
         );
         assert_eq!(outcome("import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, 0) == -1"), Outcome::Passed);
+    }
+
+    /// Each is a failure of its own; the verifier goes on.
+    #[test]
+    fn nothing_a_program_says_breaks_the_verifier() {
+        let all = "import os\nfor number in range(3, 64):\n    try: os.write(number, WHAT)\n    except OSError: pass\nos._exit(0)";
+        for what in ["b'[' * 60000", "b'[1, 2, 3]'", "b'\\xff\\xfe'", "b'null'"] {
+            assert!(matches!(outcome(&all.replace("WHAT", what)), Outcome::Failed(_)), "{what}");
+        }
+        let Outcome::Failed(detail) = outcome("raise ValueError(chr(0xd800))") else { panic!() };
+        assert!(detail.starts_with("ValueError"), "{detail}");
+    }
+
+    /// Those who run other programs are left alone: their ends cannot be opened once more.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn other_processes_cannot_be_listened_to() {
+        let source = "import os\nopened = []\nfor pid in [os.getppid()]:\n    for fd in (0, 1):\n        try: opened.append(os.open(f'/proc/{pid}/fd/{fd}', os.O_RDONLY))\n        except OSError: pass\nassert not opened";
+        assert_eq!(outcome(source), Outcome::Passed);
     }
 
     #[test]
