@@ -5,12 +5,13 @@ use anyhow::{Context, anyhow};
 use std::time::Duration;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt as _;
+use unmask_proto::rich;
 use unmask_proto::v1::generate_response::Event;
 use unmask_proto::v1::{GenerateRequest, GenerateResponse, Resume, Started};
 
 /// Largest message of a stream (bytes).
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
-/// Rounds over all gateways without a new event before the last error counts.
+/// Rounds over all gateways without a new token before the last error counts.
 const ROUNDS_MAX: usize = 3;
 /// Between two rounds.
 const ROUND_PAUSE: Duration = Duration::from_millis(500);
@@ -41,6 +42,11 @@ impl Received {
         true
     }
 
+    /// Whether a gateway that says so goes on to the same tokens.
+    fn goes_on(&self, started: &Started) -> bool {
+        self.started.as_ref().is_none_or(|first| first.numerics_id == started.numerics_id)
+    }
+
     /// The request that goes on from here.
     fn request(&self, original: &GenerateRequest) -> GenerateRequest {
         let Some(started) = &self.started else { return original.clone() };
@@ -60,7 +66,7 @@ pub struct Resuming {
     request: GenerateRequest,
     received: Received,
     events: Option<Streaming<GenerateResponse>>,
-    /// Gateways tried since the last event.
+    /// Gateways tried since the last token.
     tried: usize,
     /// Times it went on through another gateway.
     pub resumed: usize,
@@ -91,8 +97,12 @@ impl Resuming {
     pub async fn next(&mut self) -> anyhow::Result<Event> {
         loop {
             let status = match self.read().await {
+                Ok(Event::Started(started)) if !self.received.goes_on(&started) => other_tokens(&started),
                 Ok(event) => {
-                    self.tried = 0;
+                    // Only what is final is progress: a request that breaks whoever begins it must come to an end.
+                    if matches!(event, Event::Commit(_)) {
+                        self.tried = 0;
+                    }
                     if self.received.take(&event) {
                         return Ok(event);
                     }
@@ -134,12 +144,19 @@ impl Resuming {
     }
 }
 
-/// Whether another gateway may do better: this one is gone or goes. Errors with a reason were made by a gateway, those
-/// without by a connection that broke.
+/// A gateway took the request to a group that computes other bits.
+fn other_tokens(started: &Started) -> Status {
+    let message = format!("the gateway has only groups with other tokens (numerics {})", started.numerics_id);
+    rich::status(Code::Unavailable, "OTHER_NUMERICS", message)
+}
+
+/// Whether another gateway may do better: this one is gone, goes, or has no room. Errors with a reason were made by a
+/// gateway, those without by a connection that broke.
 fn elsewhere(status: &Status) -> bool {
     let named = status.get_details_error_info().is_some();
     match status.code() {
         Code::Unavailable => true,
+        Code::ResourceExhausted => status.get_details_retry_info().is_some(),
         Code::Unknown | Code::Internal | Code::Cancelled => !named,
         _ => false,
     }
@@ -161,7 +178,9 @@ mod tests {
         let settings = Some(ResolvedSettings { seed: 9, ..ResolvedSettings::default() });
         let started = Started { request_id: "r".into(), model: "m".into(), settings, ..Started::default() };
         assert!(received.take(&Event::Started(started.clone())));
-        assert!(!received.take(&Event::Started(Started { request_id: "other".into(), ..started })));
+        let other = Started { request_id: "other".into(), ..started };
+        assert!(received.goes_on(&other) && !received.take(&Event::Started(other.clone())));
+        assert!(!received.goes_on(&Started { numerics_id: "others".into(), ..other }));
         for ids in [vec![1, 2], vec![3]] {
             assert!(received.take(&Event::Commit(Commit { token_ids: ids, steps: 2, ..Commit::default() })));
         }
@@ -175,7 +194,9 @@ mod tests {
     #[test]
     fn refusals_stay_and_broken_connections_move_on() {
         assert!(elsewhere(&Status::unavailable("x")) && elsewhere(&Status::unknown("transport error")));
-        let named = unmask_proto::rich::status(Code::Internal, "COMMIT_GAP", "x");
+        let full = rich::retryable(Code::ResourceExhausted, "TOO_MANY_STREAMS", "x", ROUND_PAUSE);
+        assert!(elsewhere(&full) && !elsewhere(&Status::resource_exhausted("x")));
+        let named = rich::status(Code::Internal, "COMMIT_GAP", "x");
         assert!(!elsewhere(&named) && !elsewhere(&Status::invalid_argument("x")));
     }
 }

@@ -68,7 +68,9 @@ impl InferenceService for Service {
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let (valid, prompt) = self.encode(valid, &tokenizer, &route).await?;
         let settings = settings::fit(&valid, &route.model, prompt.len()).map_err(|found| rich::invalid(&[found]))?;
-        tenant.spend(prompt.len() as u64 + u64::from(settings.max_tokens))?;
+        // What a resumed stream already has was paid for where it came from.
+        let done = valid.resume.as_ref().map_or(0, |resumed| resumed.received.len());
+        tenant.spend((prompt.len() as u64 + u64::from(settings.max_tokens)).saturating_sub(done as u64))?;
         let resumed = valid.resume.unwrap_or_else(|| Resumed {
             request_id: uuid::Uuid::new_v4().to_string(),
             received: Vec::new(),
