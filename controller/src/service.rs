@@ -248,6 +248,7 @@ fn heartbeat(report: &Report) -> Result<Heartbeat, Status> {
             return Err(rich::invalid(&[Violation::new("report.state", "must be LOADING, READY or DRAINING")]));
         }
     };
-    let requests = report.active_requests.saturating_add(report.queued_requests);
-    Ok(Heartbeat { epoch: report.epoch, readiness, outstanding_rows: report.outstanding_rows, requests })
+    let (active, outstanding_rows) = (report.active_requests, report.outstanding_rows);
+    let requests = active.saturating_add(report.queued_requests);
+    Ok(Heartbeat { epoch: report.epoch, readiness, outstanding_rows, requests, active })
 }

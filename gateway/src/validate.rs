@@ -126,9 +126,18 @@ pub(crate) fn validate(
         }
         None => {
             check_said(&decoding, &mut found);
-            let settings = settings::resolve(&decoding, model, chosen, seed);
-            check_settings(&settings, "decoding", model, &capabilities, &mut found);
-            (settings, None)
+            let resolved = |chosen: Option<&ModelPolicy>| {
+                let (settings, mut found) = (settings::resolve(&decoding, model, chosen, seed), Found::default());
+                check_settings(&settings, "decoding", model, &capabilities, &mut found);
+                (settings, found.0)
+            };
+            let mut settings = resolved(chosen);
+            if chosen.is_some() && !settings.1.is_empty() {
+                // What the controller chose and the model cannot do is not the client's mistake.
+                settings = resolved(None);
+            }
+            found.0.extend(settings.1);
+            (settings.0, None)
         }
     };
     match input {

@@ -63,6 +63,8 @@ pub struct Heartbeat {
     pub outstanding_rows: u64,
     /// Requests that are served or wait.
     pub requests: u32,
+    /// Of them, those that share its steps.
+    pub active: u32,
 }
 
 /// What happened.

@@ -96,8 +96,9 @@ impl ModelSettings {
     pub(super) fn follow(&mut self, model: &str, members: &[&Member]) -> Option<Action> {
         let Intent::Automatic { latency_ms, floor } = self.intent else { return None };
         let ready: Vec<_> = members.iter().filter(|member| member.readiness == Readiness::Ready).collect();
-        let requests: u64 = ready.iter().map(|member| u64::from(member.requests)).sum();
-        let now = requests as f64 / ready.len().max(1) as f64;
+        // Those that wait share no step yet.
+        let active: u64 = ready.iter().map(|member| u64::from(member.active)).sum();
+        let now = active as f64 / ready.len().max(1) as f64;
         self.loads.push_back(now);
         if self.loads.len() > LOAD_TICKS {
             self.loads.pop_front();
@@ -211,6 +212,7 @@ mod tests {
             readiness: Readiness::Ready,
             outstanding_rows: 0,
             requests,
+            active: requests,
             heard: Duration::ZERO,
         }
     }

@@ -38,6 +38,8 @@ pub struct Member {
     pub outstanding_rows: u64,
     /// As last reported: served or waiting.
     pub requests: u32,
+    /// Of them, those that share its steps.
+    pub active: u32,
     /// When it was last heard of.
     pub heard: Duration,
 }
@@ -146,7 +148,8 @@ impl State {
             // A process that is back stands where it stood until it says otherwise.
             readiness: earlier.as_ref().map_or(Readiness::Loading, |member| member.readiness),
             outstanding_rows: earlier.as_ref().map_or(0, |member| member.outstanding_rows),
-            requests: earlier.map_or(0, |member| member.requests),
+            requests: earlier.as_ref().map_or(0, |member| member.requests),
+            active: earlier.map_or(0, |member| member.active),
             heard: now,
         };
         self.members.insert(joining.worker_id, member);
@@ -175,7 +178,7 @@ impl State {
             actions.push(Action::Assign { stream, group_id, epoch });
             return;
         }
-        (member.outstanding_rows, member.requests) = (beat.outstanding_rows, beat.requests);
+        (member.outstanding_rows, member.requests, member.active) = (beat.outstanding_rows, beat.requests, beat.active);
         // A report of an earlier epoch says that the worker lives, not that it serves in this one.
         if beat.epoch == member.epoch {
             member.readiness = beat.readiness;

@@ -16,7 +16,7 @@ fn joining(worker: &str, epoch: u64) -> Box<Joining> {
 }
 
 fn beat(epoch: u64, readiness: Readiness, outstanding_rows: u64) -> Heartbeat {
-    Heartbeat { epoch, readiness, outstanding_rows, requests: 1 }
+    Heartbeat { epoch, readiness, outstanding_rows, requests: 1, active: 1 }
 }
 
 fn epoch_of(actions: &[Action]) -> u64 {

@@ -15,6 +15,10 @@ fn the_controllers_policy_holds_where_the_request_names_neither_of_its_two() {
     let policy = Some(Policy { kind: Some(Kind::Threshold(Threshold { tau: 0.7 })) });
     let chosen = ModelPolicy { model: "m".into(), revision: 5, block_size: 8, policy };
     let resolved = |decoding| super::validate(text(decoding), &diffusion(), Some(&chosen), 0).unwrap().settings;
+    // One that the model cannot honour is left out; it is not the client's mistake.
+    let beyond = ModelPolicy { block_size: 7, ..chosen.clone() };
+    let valid = super::validate(text(Decoding::default()), &diffusion(), Some(&beyond), 0).unwrap();
+    assert_eq!((valid.settings.policy_revision, valid.settings.origins["block_size"].as_str()), (0, "model"));
     let settings = resolved(Decoding::default());
     assert_eq!((settings.block_size, settings.policy, settings.policy_revision), (8, policy, 5));
     assert_eq!((settings.origins["block_size"].as_str(), settings.origins["policy"].as_str()), ("policy", "policy"));
