@@ -19,8 +19,12 @@ pub struct Header {
     pub model: String,
     /// Of the group that serves it.
     pub numerics_id: String,
-    /// SHA-256 of the questions' files.
+    /// SHA-256 of the questions with their tests.
     pub questions: String,
+    /// Of them, those to be filled in.
+    pub infill: usize,
+    /// What speed depends on: the machine, the build, threads, the endpoint.
+    pub conditions: String,
     /// Requests at once.
     pub streams: usize,
     /// Strings that end an answer.
@@ -158,6 +162,8 @@ mod tests {
             model: "m".into(),
             numerics_id: "n".into(),
             questions: "q".into(),
+            infill: 0,
+            conditions: "c".into(),
             streams: 8,
             stop: Vec::new(),
             max_tokens: None,

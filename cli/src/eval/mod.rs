@@ -60,7 +60,7 @@ pub struct EvalArgs {
     /// Most tasks to take
     #[arg(long)]
     pub limit: Option<usize>,
-    /// Block sizes; 1 is autoregressive. Where absent: 1 and those the model was trained for
+    /// Block sizes; 1 is autoregressive. Where absent: those the model was trained for, and 1 where it has a baseline
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=256))]
     pub block_sizes: Vec<u32>,
     /// Confidence thresholds
@@ -139,9 +139,10 @@ impl Material {
         documents.truncate(args.code_limit);
         ensure!(args.code.is_none() || !documents.is_empty(), "--code: no file of it is usable source");
         let mut hash = Sha256::new();
-        for text in tasks.iter().map(Task::program).chain(documents.iter().map(|document| document.text.clone())) {
-            hash.update(text.as_bytes());
+        for task in &tasks {
+            hash.update(serde_json::to_vec(task)?);
         }
+        documents.iter().for_each(|document| hash.update(&document.text));
         let digest = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Material { tasks, documents, digest })
     }
@@ -160,13 +161,16 @@ async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
         model: asker.model.name.clone(),
         numerics_id: descriptor.numerics_id.clone(),
         questions: material.digest.clone(),
+        infill: args.infill,
+        conditions: conditions(args),
         streams: asker.streams,
         stop: args.stop.clone(),
         max_tokens: args.max_tokens,
     };
     let mut answers = Answers::open(args.out.join("answers.jsonl"), &header)?;
-    let points = points(args, &descriptor.block_sizes);
-    let can_fill = descriptor.capabilities.is_some_and(|can| can.infill.is_some());
+    let capabilities = descriptor.capabilities.unwrap_or_default();
+    let points = points(args, &descriptor.block_sizes, capabilities.autoregressive);
+    let can_fill = capabilities.infill.is_some();
     ensure!(args.infill == 0 || can_fill, "--infill: {} was not trained to fill in", asker.model.name);
     let filled = questions::infill(&material.tasks[..args.infill.min(material.tasks.len())]);
     let parts = [
@@ -202,7 +206,7 @@ async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
         rows,
         infill,
         code,
-        bits: bits_of(args, &material.documents)?,
+        bits: if capabilities.autoregressive { bits_of(args, &material.documents)? } else { None },
         profile: profile(args),
         stages,
     };
@@ -216,10 +220,18 @@ async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The baseline once, every other block size at every threshold.
-fn points(args: &EvalArgs, trained: &[u32]) -> Vec<Point> {
-    let all: Vec<u32> = std::iter::once(1).chain(trained.iter().copied()).collect();
-    let sizes = if args.block_sizes.is_empty() { &all } else { &args.block_sizes };
+/// What speed depends on, in words.
+fn conditions(args: &EvalArgs) -> String {
+    let where_to = args.endpoint.as_deref().unwrap_or("in process");
+    format!("{:?}, threads {}, {where_to}", Machine::here(), args.model.threads)
+}
+
+/// The baseline once, where the model has one; every other block size at every threshold.
+fn points(args: &EvalArgs, trained: &[u32], autoregressive: bool) -> Vec<Point> {
+    let all: Vec<u32> = autoregressive.then_some(1).into_iter().chain(trained.iter().copied()).collect();
+    let mut sizes = if args.block_sizes.is_empty() { all } else { args.block_sizes.clone() };
+    sizes.sort_unstable();
+    sizes.dedup();
     let at = |&size: &u32| match size {
         1 => vec![Point::AUTOREGRESSIVE],
         _ => args.thresholds.iter().map(|&tau| Point::threshold(size, tau)).collect(),
