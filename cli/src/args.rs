@@ -30,10 +30,12 @@ pub enum Command {
     /// Run everything on this machine
     #[command(after_help = "Examples:
   unmask up
+  unmask up --http 127.0.0.1:8000
   unmask up --port 0 --json --model models/python-tasks-3m")]
     Up(UpArgs),
     /// Run a gateway
-    #[command(after_help = "Example:\n  unmask gateway --listen 127.0.0.1:7700 --controller 127.0.0.1:7701")]
+    #[command(after_help = "Example:
+  unmask gateway --listen 127.0.0.1:7700 --http 127.0.0.1:7780 --controller 127.0.0.1:7701")]
     Gateway(GatewayArgs),
     /// Draw an API key for a gateway's tenant
     #[command(after_help = "Example:\n  unmask key")]
@@ -212,6 +214,9 @@ pub struct UpArgs {
     /// Port of the gateway; controller and worker take the two after it. 0 takes free ones
     #[arg(long, default_value_t = 7700)]
     pub port: u16,
+    /// host:port of the OpenAI-compatible HTTP interface; default: 7780 on the host of --host, a free port with --port 0
+    #[arg(long, value_name = "HOST:PORT")]
+    pub http: Option<String>,
     /// Folder of the controller's state; default: unmask under the user's state folder
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
@@ -229,6 +234,9 @@ pub struct GatewayArgs {
     /// host:port to listen on
     #[arg(long, default_value = "127.0.0.1:7700")]
     pub listen: String,
+    /// host:port of the OpenAI-compatible HTTP interface; none where neither this nor the file says
+    #[arg(long, value_name = "HOST:PORT")]
+    pub http: Option<String>,
     /// host:port of the controller, or of its replicas with commas between
     #[arg(long)]
     pub controller: Option<String>,

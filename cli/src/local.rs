@@ -29,10 +29,15 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// Name of the only worker; stable, so that a restart finds its group again.
 const WORKER_ID: &str = "local";
 
+/// Port of the HTTP interface, where nobody says another.
+const HTTP_PORT: u16 = 7780;
+
 /// Sockets of the three services.
 pub struct Listeners {
     /// Public.
     pub gateway: TcpListener,
+    /// The gateway's HTTP interface, where there is to be one.
+    pub http: Option<TcpListener>,
     /// Between the services.
     pub controller: TcpListener,
     /// Between the services.
@@ -53,16 +58,38 @@ impl Listeners {
         };
         Ok(Self {
             gateway: bind(0, "gateway").await?,
+            http: None,
             controller: bind(1, "controller").await?,
             worker: bind(2, "worker").await?,
         })
     }
+
+    /// Binds the HTTP interface too: at `address`, else at its own port of `host`, or a free one when `port` is 0.
+    ///
+    /// # Errors
+    /// Names the address that is in use.
+    pub async fn with_http(mut self, address: Option<&str>, host: IpAddr, port: u16) -> anyhow::Result<Self> {
+        let default = SocketAddr::new(host, if port == 0 { 0 } else { HTTP_PORT }).to_string();
+        self.http = Some(bind_http(address.unwrap_or(&default)).await?);
+        Ok(self)
+    }
+}
+
+/// Binds the socket of a gateway's HTTP interface.
+///
+/// # Errors
+/// Names the address that is in use, or is none.
+pub async fn bind_http(address: &str) -> anyhow::Result<TcpListener> {
+    let advice = "choose another with --http";
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} (HTTP): {advice}"))
 }
 
 /// The running services.
 pub struct Cluster {
     /// Address of the gateway.
     pub gateway: SocketAddr,
+    /// Address of its HTTP interface, where there is one.
+    pub http: Option<SocketAddr>,
     /// Address of the controller.
     pub controller: SocketAddr,
     /// Address of the worker.
@@ -92,7 +119,8 @@ impl Cluster {
         profile_dir: Option<PathBuf>,
     ) -> anyhow::Result<Self> {
         let dir = models::find(model.model.as_deref())?;
-        let Listeners { gateway, controller, worker } = listeners;
+        let Listeners { gateway, http, controller, worker } = listeners;
+        let http_address = http.as_ref().map(TcpListener::local_addr).transpose()?;
         let addresses = (gateway.local_addr()?, controller.local_addr()?, worker.local_addr()?);
         let stops = [CancellationToken::new(), CancellationToken::new(), CancellationToken::new()];
         let mut services = JoinSet::new();
@@ -108,10 +136,11 @@ impl Cluster {
         let ended = stops[1].clone().cancelled_owned();
         services.spawn(named("worker", unmask_worker::run(config, worker, ended)));
         let config = unmask_gateway::Config::new(Controllers::one(addresses.1));
+        let sockets = unmask_gateway::Listeners { grpc: gateway, http };
         let ended = stops[0].clone().cancelled_owned();
-        services.spawn(named("gateway", unmask_gateway::run(config, gateway, ended)));
+        services.spawn(named("gateway", unmask_gateway::run(config, sockets, ended)));
         let (gateway, controller, worker) = addresses;
-        Ok(Self { gateway, controller, worker, services, stops })
+        Ok(Self { gateway, http: http_address, controller, worker, services, stops })
     }
 
     /// Waits until the gateway serves a model.

@@ -1,9 +1,9 @@
 //! What to print for each event of a stream: a pure state, so that it can be tested without a terminal.
 
 use serde_json::{Value, json};
+use unmask_gateway::policy::{self, number};
 use unmask_proto::v1::generate_response::Event;
-use unmask_proto::v1::policy::Kind;
-use unmask_proto::v1::{Commit, Draft, Finish, FinishReason, Policy, Started};
+use unmask_proto::v1::{Commit, Draft, Finish, FinishReason, Started};
 
 const DIM: &str = "\x1b[2m";
 const PLAIN: &str = "\x1b[0m";
@@ -132,7 +132,7 @@ pub fn to_json(event: &Event) -> Value {
                 "request_id": request_id, "model": model, "prompt_tokens": prompt_tokens, "numerics_id": numerics_id,
                 "settings": {
                     "max_tokens": settings.max_tokens, "block_size": settings.block_size,
-                    "policy": settings.policy.map(policy_json), "temperature": number(settings.temperature),
+                    "policy": settings.policy.map(policy::to_json), "temperature": number(settings.temperature),
                     "top_p": number(settings.top_p), "top_k": settings.top_k, "seed": settings.seed, "stop": settings.stop,
                     "stop_token_ids": settings.stop_token_ids, "time_limit_ms": settings.time_limit_ms,
                     "nfe_cap": settings.nfe_cap, "policy_revision": settings.policy_revision, "origins": origins,
@@ -156,26 +156,6 @@ pub fn to_json(event: &Event) -> Value {
             }})
         }
     }
-}
-
-fn policy_json(policy: Policy) -> Value {
-    match policy.kind {
-        Some(Kind::Fixed(p)) => json!({ "fixed": { "steps": p.steps, "order": p.order().as_str_name() } }),
-        Some(Kind::Threshold(p)) => json!({ "threshold": { "tau": number(p.tau) } }),
-        Some(Kind::Factor(p)) => json!({ "factor": { "factor": number(p.factor) } }),
-        Some(Kind::EntropyBounded(p)) => json!({ "entropy_bounded": { "gamma": number(p.gamma) } }),
-        Some(Kind::Hierarchical(p)) => json!({ "hierarchical": { "low": number(p.low), "high": number(p.high) } }),
-        Some(Kind::JointEdit(p)) => {
-            json!({ "joint_edit": { "tau": number(p.tau), "tau_edit": number(p.tau_edit), "max_post_steps": p.max_post_steps } })
-        }
-        Some(Kind::Autoregressive(_)) => json!("autoregressive"),
-        None => Value::Null,
-    }
-}
-
-/// The shortest decimal that is this f32: 0.9, not 0.8999999761581421.
-fn number(x: f32) -> Value {
-    x.to_string().parse::<f64>().ok().into()
 }
 
 /// Lower-case name of why a stream ended.

@@ -1,6 +1,7 @@
 //! `unmask gateway`, `controller`, `worker`: one service each, from a file and flags.
 
 use crate::args::{ControllerArgs, Dtype, GatewayArgs, WorkerArgs};
+use crate::local::bind_http;
 use crate::{models, output};
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -12,6 +13,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use unmask_engine::LoadOptions;
+use unmask_gateway::Listeners;
 use unmask_worker::group::{RankConfig, run_rank};
 
 /// Runs a gateway until it is told to stop.
@@ -21,8 +23,19 @@ use unmask_worker::group::{RankConfig, run_rank};
 pub fn gateway(args: GatewayArgs) -> anyhow::Result<ExitCode> {
     let mut raw: unmask_gateway::RawConfig = read(args.config.as_deref())?;
     raw.controller = args.controller.or(raw.controller);
+    raw.http = args.http.or(raw.http);
     let config = unmask_gateway::Config::try_from(raw)?;
-    serve(&args.listen, "gateway", |listener, stop| unmask_gateway::run(config, listener, stop.cancelled_owned()))
+    serve(&args.listen, "gateway", |grpc, stop| async move {
+        let http = match &config.http {
+            Some(address) => Some(bind_http(address).await?),
+            None => None,
+        };
+        if let Some(http) = &http {
+            output::note(&format!("HTTP on http://{}/v1", http.local_addr()?));
+        }
+        unmask_gateway::run(config, Listeners { grpc, http }, stop.cancelled_owned()).await?;
+        anyhow::Ok(())
+    })
 }
 
 /// Runs a controller until it is told to stop.
@@ -124,7 +137,7 @@ fn serve<E, F>(
     run: impl FnOnce(TcpListener, CancellationToken) -> F,
 ) -> anyhow::Result<ExitCode>
 where
-    E: std::error::Error + Send + Sync + 'static,
+    anyhow::Error: From<E>,
     F: Future<Output = Result<(), E>>,
 {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -21,6 +21,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
 async fn up(args: UpArgs) -> anyhow::Result<ExitCode> {
     let mut terminate = signal(SignalKind::terminate())?;
     let listeners = Listeners::bind(args.host, args.port).await?;
+    let listeners = listeners.with_http(args.http.as_deref(), args.host, args.port).await?;
     let data_dir = args.data_dir.map_or_else(default_data_dir, Ok)?;
     std::fs::create_dir_all(&data_dir).with_context(|| format!("--data-dir: cannot create {}", data_dir.display()))?;
     let mut cluster = Cluster::start_profiled(listeners, &args.model, data_dir, default_profile_dir())?;
@@ -35,18 +36,7 @@ async fn up(args: UpArgs) -> anyhow::Result<ExitCode> {
         ready = cluster.ready() => drop(ready?),
         () = &mut told => return cluster.stop().await.map(|()| ExitCode::SUCCESS),
     }
-    let (gateway, controller, worker) = (cluster.gateway, cluster.controller, cluster.worker);
-    let ready = if args.json {
-        let endpoints = serde_json::json!({
-            "gateway": gateway.to_string(), "controller": controller.to_string(), "worker": worker.to_string(),
-        });
-        format!("{endpoints}\n")
-    } else {
-        format!(
-            "gateway     {gateway}   (gRPC, package unmask.v1)\ncontroller  {controller}\nworker      {worker}\n\nTry: \
-             unmask generate --endpoint http://{gateway} \"def is_prime(n):\"\n"
-        )
-    };
+    let ready = if args.json { endpoints_json(&cluster) } else { endpoints(&cluster) };
     output::out(&ready)?;
     tokio::select! {
         failure = cluster.failed() => return Err(failure),
@@ -55,6 +45,30 @@ async fn up(args: UpArgs) -> anyhow::Result<ExitCode> {
     output::note("stopping");
     cluster.stop().await?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn endpoints_json(cluster: &Cluster) -> String {
+    let endpoints = serde_json::json!({
+        "gateway": cluster.gateway.to_string(), "http": cluster.http.map(|address| address.to_string()),
+        "controller": cluster.controller.to_string(), "worker": cluster.worker.to_string(),
+    });
+    format!("{endpoints}\n")
+}
+
+fn endpoints(cluster: &Cluster) -> String {
+    let Cluster { gateway, controller, worker, .. } = cluster;
+    let (mut http, mut curl) = (String::new(), String::new());
+    if let Some(address) = cluster.http {
+        http = format!("HTTP        http://{address}/v1   (as OpenAI's)\n");
+        curl = format!(
+            "     curl http://{address}/v1/completions -H 'Content-Type: application/json' \\\n       \
+             -d '{{\"prompt\": \"def is_prime(n):\"}}'\n"
+        );
+    }
+    format!(
+        "gateway     {gateway}   (gRPC, package unmask.v1)\n{http}controller  {controller}\nworker      {worker}\n\nTry: \
+         unmask generate --endpoint http://{gateway} \"def is_prime(n):\"\n{curl}"
+    )
 }
 
 /// `unmask` under the user's state folder.

@@ -195,6 +195,10 @@ fn a_port_in_use_is_named() {
     let data = data.path().to_str().unwrap();
     let error = failure(&["up", "--model", model.to_str().unwrap(), "--port", &port, "--data-dir", data], 1);
     assert!(error.contains(&port) && error.contains("--port"), "{error}");
+    let http = format!("127.0.0.1:{port}");
+    let model = model.to_str().unwrap();
+    let error = failure(&["up", "--model", model, "--port", "0", "--http", &http, "--data-dir", data], 1);
+    assert!(error.contains(&port) && error.contains("--http"), "{error}");
 }
 
 /// Starts `up` on free ports and gives its first line of output, its endpoints as JSON.

@@ -69,7 +69,8 @@ async fn start() -> Group {
         .spawn();
     let other = Process(other.unwrap());
     let data = tempfile::tempdir().unwrap();
-    let Listeners { gateway, controller, worker } = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await.unwrap();
+    let listeners = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await.unwrap();
+    let Listeners { gateway, controller, worker, .. } = listeners;
     let (public, control) = (gateway.local_addr().unwrap(), Controllers::one(controller.local_addr().unwrap()));
     let never = std::future::pending;
     let config = unmask_controller::Config::new(StoreUrl::Embedded(data.path().to_owned()));

@@ -25,6 +25,8 @@ const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 pub struct RawConfig {
     /// host:port of the controller, or of its replicas with commas between.
     pub controller: Option<String>,
+    /// host:port of the OpenAI-compatible HTTP interface; none when absent.
+    pub http: Option<String>,
     /// Name of this gateway in the controller's logs; drawn when absent.
     pub gateway_id: Option<String>,
     /// Most Generate streams at once.
@@ -45,6 +47,8 @@ pub struct RawConfig {
 pub struct Config {
     /// The controller's replicas.
     pub controllers: Controllers,
+    /// host:port of the HTTP interface, for whoever binds its socket: see [`crate::Listeners`].
+    pub http: Option<String>,
     /// Name of this gateway in the controller's logs.
     pub gateway_id: String,
     /// Most Generate streams at once.
@@ -69,6 +73,7 @@ impl Config {
     pub fn new(controllers: Controllers) -> Self {
         Self {
             controllers,
+            http: None,
             gateway_id: uuid::Uuid::new_v4().to_string(),
             streams_max: STREAMS_MAX,
             drain_limit: DRAIN_LIMIT,
@@ -89,6 +94,13 @@ impl TryFrom<RawConfig> for Config {
             errors.push(format!("controller: {error}"));
         }
         let mut config = Config::new(controllers.unwrap_or_default());
+        if let Some(http) = raw.http {
+            // Port 0 takes a free one.
+            if !http.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()) {
+                errors.push(format!("http: must be host:port, is `{http}`"));
+            }
+            config.http = Some(http);
+        }
         if let Some(id) = raw.gateway_id {
             if id.is_empty() {
                 errors.push("gateway_id: is empty: give a name or leave it out".into());
@@ -135,11 +147,11 @@ mod tests {
 
     #[test]
     fn all_errors_come_at_once_with_their_keys() {
-        let json = r#"{"controller": "host", "gateway_id": "", "streams_max": 0, "drain_limit_ms": 1000000000000,
+        let json = r#"{"controller": "host", "http": "7780", "gateway_id": "", "streams_max": 0, "drain_limit_ms": 1000000000000,
             "stall_limit_ms": 0}"#;
         let errors = parse(json).unwrap_err().0;
         let keys: Vec<_> = errors.iter().map(|error| error.split(':').next().unwrap()).collect();
-        assert_eq!(keys, ["controller", "gateway_id", "streams_max", "drain_limit_ms", "stall_limit_ms"]);
+        assert_eq!(keys, ["controller", "http", "gateway_id", "streams_max", "drain_limit_ms", "stall_limit_ms"]);
     }
 
     #[test]

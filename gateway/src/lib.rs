@@ -1,4 +1,5 @@
-//! The gateway: the public gRPC front. It validates, tokenizes, routes, streams, and continues after a worker broke.
+//! The gateway: the public front, gRPC and OpenAI-compatible HTTP. It validates, tokenizes, routes, streams, and continues
+//! after a worker broke.
 //!
 //! It knows text, the wire, and which groups serve which model. It does not know how tokens are made: no engine is
 //! linked, and a model is what its descriptor says.
@@ -12,10 +13,14 @@
 //! - `relay`: one stream from worker to client; continuation elsewhere
 //! - `stream`: order, no position twice, stop strings, text (pure)
 //! - `routes`, `circuit`, `watch`: which groups there are; which of them break; following the controller
+//! - [`policy`]: policies as JSON
+//! - `openai`: the same requests over HTTP, as OpenAI's clients make them
 //! - `upstream`, `tokenizers`: connections to workers; tokenizers by digest
 
 mod circuit;
 pub mod config;
+mod openai;
+pub mod policy;
 mod prompt;
 mod relay;
 mod routes;
@@ -67,83 +72,126 @@ pub enum GatewayError {
     /// The listener failed.
     #[error("serving gRPC: {0}")]
     Serve(#[from] tonic::transport::Error),
+    /// The listener failed.
+    #[error("serving HTTP: {0}")]
+    Http(#[source] std::io::Error),
+}
+
+/// Bound sockets of a gateway.
+#[derive(Debug)]
+pub struct Listeners {
+    /// gRPC.
+    pub grpc: TcpListener,
+    /// The OpenAI-compatible HTTP interface, where there is to be one.
+    pub http: Option<TcpListener>,
+}
+
+impl From<TcpListener> for Listeners {
+    fn from(grpc: TcpListener) -> Self {
+        Self { grpc, http: None }
+    }
 }
 
 /// Serves until `shutdown` completes, then drains: it reports NOT_SERVING, refuses what is new, lets streams finish up
 /// to the drain limit, and ends the rest with UNAVAILABLE. Health is SERVING while any model has a ready group.
 ///
 /// # Errors
-/// [`GatewayError`] when the listener fails.
+/// [`GatewayError`] when a listener fails.
 pub async fn run(
     config: Config,
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), GatewayError> {
+    let Listeners { grpc, http } = listeners.into();
     let (reporter, health) = tonic_health::server::health_reporter();
     report(&reporter, false).await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(unmask_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
-    let upstream = Arc::new(Upstream { routes: Arc::new(Routes::new()), workers: Workers::default() });
-    let streams = Arc::new(Semaphore::new(config.streams_max));
-    let (draining, stop, close) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
-    let service = Service {
-        upstream: Arc::clone(&upstream),
-        tokenizers: Tokenizers::default(),
-        streams: Arc::clone(&streams),
-        streams_max: config.streams_max,
-        long_texts: Semaphore::new(LONG_TEXTS_MAX),
-        stall_limit: config.stall_limit,
-        group_wait: config.group_wait,
-        draining: draining.clone(),
-        stop: stop.clone(),
-    };
+    let service = Arc::new(service(&config));
+    let close = CancellationToken::new();
+    let calls = stack::calls();
+    let inference = InferenceServiceServer::from_arc(Arc::clone(&service));
     let server = Server::builder()
         .max_concurrent_streams((config.streams_max + OTHER_CALLS_MAX) as u32)
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_INTERVAL))
-        .layer(stack::layers(config.tenants))
+        .layer(stack::layers(config.tenants.clone(), Arc::clone(&calls)))
+        .layer(stack::answer_limit())
         .add_service(health)
         .add_service(reflection)
-        .add_service(InferenceServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX))
+        .add_service(inference.max_decoding_message_size(MESSAGE_BYTES_MAX))
         .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            TcpIncoming::from(grpc).with_nodelay(Some(true)),
             close.clone().cancelled_owned(),
         );
-    let routes = Arc::clone(&upstream.routes);
-    let watching = watch::run(config.controllers, config.gateway_id, Arc::clone(&routes));
-    let reporting = async {
-        let mut tables = routes.watch();
-        loop {
-            let any = !tables.borrow_and_update().routes.is_empty();
-            report(&reporter, any && !draining.is_cancelled()).await;
-            if tables.changed().await.is_err() {
-                return;
+    let compatible = async {
+        match http {
+            Some(http) => {
+                let layers = stack::layers(config.tenants, calls);
+                openai::serve(http, Arc::clone(&service), layers, close.clone()).await.map_err(GatewayError::Http)
             }
+            None => Ok(()),
         }
     };
-    let ending = async {
-        shutdown.await;
-        tracing::info!("draining");
-        draining.cancel();
-        report(&reporter, false).await;
-        let all = config.streams_max as u32;
-        if timeout(config.drain_limit, streams.acquire_many(all)).await.is_err() {
-            tracing::warn!("the drain limit passed; ending the rest");
-        }
-        stop.cancel();
-        // Connections that do not close in time are left behind.
-        let _ = timeout(CLOSE_LIMIT, streams.acquire_many(all)).await;
-        close.cancel();
-        tokio::time::sleep(CLOSE_LIMIT).await;
-    };
+    let serving = async { tokio::try_join!(async { server.await.map_err(GatewayError::Serve) }, compatible) };
+    let watching = watch::run(config.controllers, config.gateway_id, Arc::clone(&service.upstream.routes));
     tokio::select! {
-        served = server => Ok(served?),
+        served = serving => served.map(|_| ()),
         () = watching => Ok(()),
-        () = reporting => Ok(()),
-        () = ending => Ok(()),
+        () = reporting(&service, &reporter) => Ok(()),
+        () = ending(&service, &reporter, config.drain_limit, &close, shutdown) => Ok(()),
     }
+}
+
+fn service(config: &Config) -> Service {
+    Service {
+        upstream: Arc::new(Upstream { routes: Arc::new(Routes::new()), workers: Workers::default() }),
+        tokenizers: Tokenizers::default(),
+        streams: Arc::new(Semaphore::new(config.streams_max)),
+        streams_max: config.streams_max,
+        long_texts: Semaphore::new(LONG_TEXTS_MAX),
+        stall_limit: config.stall_limit,
+        group_wait: config.group_wait,
+        draining: CancellationToken::new(),
+        stop: CancellationToken::new(),
+    }
+}
+
+/// Keeps the health of gRPC true.
+async fn reporting(service: &Service, reporter: &HealthReporter) {
+    let mut tables = service.upstream.routes.watch();
+    loop {
+        tables.mark_unchanged();
+        report(reporter, service.serving()).await;
+        if tables.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Drains once `shutdown` completes, and closes what is still open.
+async fn ending(
+    service: &Service,
+    reporter: &HealthReporter,
+    drain_limit: Duration,
+    close: &CancellationToken,
+    shutdown: impl Future<Output = ()>,
+) {
+    shutdown.await;
+    tracing::info!("draining");
+    service.draining.cancel();
+    report(reporter, false).await;
+    let all = service.streams_max as u32;
+    if timeout(drain_limit, service.streams.acquire_many(all)).await.is_err() {
+        tracing::warn!("the drain limit passed; ending the rest");
+    }
+    service.stop.cancel();
+    // Connections that do not close in time are left behind.
+    let _ = timeout(CLOSE_LIMIT, service.streams.acquire_many(all)).await;
+    close.cancel();
+    tokio::time::sleep(CLOSE_LIMIT).await;
 }
 
 async fn report(reporter: &HealthReporter, serving: bool) {

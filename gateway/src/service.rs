@@ -1,4 +1,5 @@
-//! InferenceService: validate, tokenize, resolve, route; then the stream has a task of its own.
+//! The path of a request: validate, tokenize, resolve, route; then the stream has a task of its own. gRPC's side of it is
+//! here too, HTTP's in `openai`.
 
 use crate::prompt;
 use crate::relay::{Client, EVENTS_MAX, Job, Relay, stopping};
@@ -20,7 +21,7 @@ use tonic::{Code, Request, Response, Status};
 use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::inference_service_server::InferenceService;
 use unmask_proto::v1::{
-    GenerateRequest, GenerateResponse, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse,
+    GenerateRequest, GenerateResponse, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse, Model,
     TokenizeRequest, TokenizeResponse,
 };
 use unmask_text::{Specials, TextError, Tokenizer};
@@ -53,14 +54,72 @@ impl InferenceService for Service {
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived = Instant::now();
-        let deadline = request.extensions().get::<Deadline>().map(|deadline| deadline.0);
-        let permit = Arc::clone(&self.streams).try_acquire_owned().map_err(|_| self.full())?;
+        let caller = Caller::of(request.extensions().get(), request.extensions().get(), arrived)?;
+        Ok(Response::new(ReceiverStream::new(self.start(request.into_inner(), caller).await?)))
+    }
+
+    async fn tokenize(&self, request: Request<TokenizeRequest>) -> Result<Response<TokenizeResponse>, Status> {
+        let TokenizeRequest { model, text, parse_special, add_special } = request.into_inner();
+        let route = self.upstream.routes.table().model(&model)?;
+        let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
+        let specials = if parse_special { Specials::Parse } else { Specials::AsText };
+        let ids = self.blocking(text.len(), move || tokenizer.encode(&text, specials, add_special)).await?;
+        let ids = ids.map_err(|error| refused("text", &error))?;
+        Ok(Response::new(TokenizeResponse { ids }))
+    }
+
+    async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+        Ok(Response::new(ListModelsResponse { models: self.models() }))
+    }
+
+    async fn get_model(&self, request: Request<GetModelRequest>) -> Result<Response<GetModelResponse>, Status> {
+        Ok(Response::new(GetModelResponse { model: self.model(&request.into_inner().model)? }))
+    }
+}
+
+/// Who asks, since when and until when.
+pub(crate) struct Caller {
+    tenant: Arc<Tenant>,
+    arrived: Instant,
+    deadline: Option<Instant>,
+}
+
+impl Caller {
+    /// What the stack found out about a call.
+    ///
+    /// # Errors
+    /// INTERNAL when it did not find out who asks.
+    pub(crate) fn of(
+        tenant: Option<&Arc<Tenant>>,
+        deadline: Option<&Deadline>,
+        arrived: Instant,
+    ) -> Result<Self, Status> {
+        let tenant = tenant.cloned();
+        // The stack sees to it that there is one.
+        let tenant = tenant.ok_or_else(|| rich::status(Code::Internal, "NO_TENANT", "nobody found out who asks"))?;
+        Ok(Self { tenant, arrived, deadline: deadline.map(|deadline| deadline.0) })
+    }
+}
+
+impl Service {
+    /// Begins a generation: the way of every request, whatever protocol it came by. Events come until Finish or an error;
+    /// dropping the receiver cancels.
+    ///
+    /// # Errors
+    /// What keeps the stream from beginning.
+    pub(crate) async fn start(
+        &self,
+        request: GenerateRequest,
+        caller: Caller,
+    ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
+        let Caller { tenant, arrived, deadline } = caller;
+        let permit = Arc::clone(&self.streams).try_acquire_owned();
+        // Whoever drains waits for all permits, so that none is left.
         if self.draining.is_cancelled() {
             return Err(stopping());
         }
-        let tenant = request.extensions().get::<Arc<Tenant>>().cloned().ok_or_else(no_tenant)?;
+        let permit = permit.map_err(|_| self.full())?;
         let own = tenant.stream()?;
-        let request = request.into_inner();
         let table = self.upstream.routes.table();
         let route = table.model(&request.model)?;
         let chosen = table.policy(&route.model.name);
@@ -101,32 +160,29 @@ impl InferenceService for Service {
         let Service { stall_limit, group_wait, .. } = *self;
         let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permits: (permit, own) };
         tokio::spawn(relay.deliver(first, client));
-        Ok(Response::new(ReceiverStream::new(reading)))
+        Ok(reading)
     }
 
-    async fn tokenize(&self, request: Request<TokenizeRequest>) -> Result<Response<TokenizeResponse>, Status> {
-        let TokenizeRequest { model, text, parse_special, add_special } = request.into_inner();
-        let route = self.upstream.routes.table().model(&model)?;
-        let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
-        let specials = if parse_special { Specials::Parse } else { Specials::AsText };
-        let ids = self.blocking(text.len(), move || tokenizer.encode(&text, specials, add_special)).await?;
-        let ids = ids.map_err(|error| refused("text", &error))?;
-        Ok(Response::new(TokenizeResponse { ids }))
+    /// The ready models.
+    pub(crate) fn models(&self) -> Vec<Model> {
+        self.upstream.routes.table().models()
     }
 
-    async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
-        Ok(Response::new(ListModelsResponse { models: self.upstream.routes.table().models() }))
-    }
-
-    async fn get_model(&self, request: Request<GetModelRequest>) -> Result<Response<GetModelResponse>, Status> {
+    /// One of them by name; an empty name stands for the only one.
+    ///
+    /// # Errors
+    /// It is not known, or has no ready group.
+    pub(crate) fn model(&self, name: &str) -> Result<Option<Model>, Status> {
         let table = self.upstream.routes.table();
-        let name = &table.model(&request.into_inner().model)?.model.name;
-        let model = table.models().into_iter().find(|model| model.name == *name);
-        Ok(Response::new(GetModelResponse { model }))
+        let name = &table.model(name)?.model.name;
+        Ok(table.models().into_iter().find(|model| model.name == *name))
     }
-}
 
-impl Service {
+    /// Whether any model has a ready group and new requests are taken.
+    pub(crate) fn serving(&self) -> bool {
+        !self.upstream.routes.table().routes.is_empty() && !self.draining.is_cancelled()
+    }
+
     fn full(&self) -> Status {
         let message = format!("the gateway serves {} streams, its limit: try again later", self.streams_max);
         rich::retryable(Code::ResourceExhausted, "TOO_MANY_STREAMS", message, RETRY_AFTER)
@@ -161,11 +217,6 @@ impl Service {
         let _turn = self.long_texts.acquire().await.map_err(|_| stopping())?;
         tokio::task::spawn_blocking(work).await.map_err(failed)
     }
-}
-
-/// The stack sees to it that there is one.
-fn no_tenant() -> Status {
-    rich::status(Code::Internal, "NO_TENANT", "nobody found out who asks")
 }
 
 /// The tokenizer or the template did not take the input.

@@ -6,11 +6,12 @@ use futures::future::BoxFuture;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tonic::codegen::http::{HeaderMap, Request, Response};
 use tonic::{Code, Status};
 use tower::layer::util::{Identity, Stack};
-use tower::limit::ConcurrencyLimitLayer;
+use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
 use tower::load_shed::error::Overloaded;
 use tower::timeout::TimeoutLayer;
@@ -23,22 +24,26 @@ use unmask_proto::{rich, timeout};
 /// Most calls that are being answered; a stream counts until it starts.
 const CALLS_MAX: usize = 2048;
 /// Longest time until a call is answered or its stream starts.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// When a refused call may be tried again.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// Health over HTTP.
+pub(crate) const HEALTH_PATH: &str = "/health";
 
 type Errors = MapErrLayer<fn(BoxError) -> BoxError>;
-/// The layers, innermost first.
+/// The layers that calls of both kinds pass, innermost first.
 pub(crate) type Layers = Stack<
-    TimeoutLayer,
-    Stack<
-        ConcurrencyLimitLayer,
-        Stack<LoadShedLayer, Stack<Errors, Stack<TenantLayer, Stack<DeadlineLayer, Stack<TraceLayer, Identity>>>>>,
-    >,
+    GlobalConcurrencyLimitLayer,
+    Stack<LoadShedLayer, Stack<Errors, Stack<TenantLayer, Stack<DeadlineLayer, Stack<TraceLayer, Identity>>>>>,
 >;
 
-/// The stack.
-pub(crate) fn layers(tenants: Tenants) -> Layers {
+/// Counts the calls that are being answered, for [`layers`].
+pub(crate) fn calls() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(CALLS_MAX))
+}
+
+/// The stack; gRPC and HTTP have one each, and share the count of calls.
+pub(crate) fn layers(tenants: Tenants, calls: Arc<Semaphore>) -> Layers {
     ServiceBuilder::new()
         // Outermost, so that refusals are logged too.
         .layer(TraceLayer)
@@ -51,10 +56,14 @@ pub(crate) fn layers(tenants: Tenants) -> Layers {
         // Over the limit a call is refused at once instead of waiting in line.
         .layer(LoadShedLayer::new())
         // Bounds what all connections together make the gateway do at a time.
-        .layer(ConcurrencyLimitLayer::new(CALLS_MAX))
-        // Nothing stays half answered for ever, whatever the client's deadline.
-        .layer(TimeoutLayer::new(ANSWER_LIMIT))
+        .layer(GlobalConcurrencyLimitLayer::with_semaphore(calls))
         .into_inner()
+}
+
+/// The innermost layer of gRPC: nothing stays half answered for ever, whatever the client's deadline. HTTP has the same
+/// limit for as long as a call has not begun (`openai`): there, a whole generation may be one answer.
+pub(crate) fn answer_limit() -> TimeoutLayer {
+    TimeoutLayer::new(ANSWER_LIMIT)
 }
 
 fn named(error: BoxError) -> BoxError {
@@ -63,10 +72,15 @@ fn named(error: BoxError) -> BoxError {
         return rich::retryable(Code::ResourceExhausted, "TOO_MANY_CALLS", message, RETRY_AFTER).into();
     }
     if error.is::<Elapsed>() {
-        let message = format!("no answer within {} s", ANSWER_LIMIT.as_secs());
-        return rich::retryable(Code::Unavailable, "ANSWER_TIMEOUT", message, RETRY_AFTER).into();
+        return late().into();
     }
     error
+}
+
+/// A call was not answered within [`ANSWER_LIMIT`].
+pub(crate) fn late() -> Status {
+    let message = format!("no answer within {} s", ANSWER_LIMIT.as_secs());
+    rich::retryable(Code::Unavailable, "ANSWER_TIMEOUT", message, RETRY_AFTER)
 }
 
 /// Gives every call a span and logs how it was answered.
@@ -110,7 +124,8 @@ where
                 Ok(response) => Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code()),
                 Err(error) => error.downcast_ref().map_or(Code::Unknown, Status::code),
             };
-            tracing::debug!(?code, elapsed_us = began.elapsed().as_micros() as u64, "answered");
+            let http = answer.as_ref().map_or(0, |response| response.status().as_u16());
+            tracing::debug!(?code, http, elapsed_us = began.elapsed().as_micros() as u64, "answered");
             answer
         };
         Box::pin(logged.instrument(span))
@@ -206,7 +221,8 @@ where
     }
 
     fn call(&mut self, mut request: Request<In>) -> Self::Future {
-        if !request.uri().path().starts_with("/grpc.") {
+        let path = request.uri().path();
+        if !path.starts_with("/grpc.") && path != HEALTH_PATH {
             match self.1.find(request.headers()) {
                 Ok(tenant) => request.extensions_mut().insert(tenant),
                 Err(status) => return Box::pin(std::future::ready(Err(status.into()))),
@@ -243,7 +259,7 @@ mod tests {
             std::future::pending::<Result<Response<()>, BoxError>>().await
         });
         let request = Request::builder().header("grpc-timeout", "5m").body(()).unwrap();
-        let error = layers(Tenants::default()).layer(stuck).oneshot(request).await.unwrap_err();
+        let error = layers(Tenants::default(), calls()).layer(stuck).oneshot(request).await.unwrap_err();
         assert_eq!(Status::try_from_error(error).unwrap().code(), Code::DeadlineExceeded);
     }
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use unmask::args::{Dtype, ModelArgs};
@@ -20,10 +20,15 @@ struct Running {
 }
 
 async fn start() -> Running {
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/sdar");
+    start_model(Path::new("golden/sdar")).await
+}
+
+/// With another model, by its path (from this package).
+async fn start_model(model: &Path) -> Running {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join(model);
     let model = ModelArgs { model: Some(model.to_str().unwrap().into()), dtype: Dtype::F32, threads: 2 };
     let data = tempfile::tempdir().unwrap();
-    let listeners = Listeners::bind(LOCAL, 0).await.unwrap();
+    let listeners = Listeners::bind(LOCAL, 0).await.unwrap().with_http(None, LOCAL, 0).await.unwrap();
     let mut cluster = Cluster::start(listeners, &model, data.path().to_owned()).unwrap();
     let client = cluster.ready().await.unwrap();
     Running { cluster, client, _data: data }
@@ -146,28 +151,69 @@ async fn a_deadline_bounds_the_whole_stream() {
     running.cluster.stop().await.unwrap();
 }
 
-/// A client made with grpcio from the .proto files alone. Its interpreter comes from `./test`, which installs it.
+/// Runs a script of `python/` with the interpreter that `./test` installs; `None` where there is none.
+async fn python(script: &str, arguments: &[&str]) -> Option<serde_json::Value> {
+    let Ok(python) = std::env::var("UNMASK_TEST_PYTHON") else {
+        assert!(
+            std::env::var("CI").is_err(),
+            "UNMASK_TEST_PYTHON must name a Python that ./test installed: run ./test"
+        );
+        return None;
+    };
+    let mut command = Command::new(python);
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("python").join(script)).args(arguments);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
+
+/// A client made with grpcio from the .proto files alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_python_client_made_from_the_proto_files_alone_is_served() {
-    let Ok(python) = std::env::var("UNMASK_TEST_PYTHON") else {
-        assert!(std::env::var("CI").is_err(), "UNMASK_TEST_PYTHON must name a Python with grpcio-tools: run ./test");
-        return;
-    };
     let running = start().await;
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let (script, protos) = (root.join("python/client.py"), root.join("../proto"));
+    let protos = concat!(env!("CARGO_MANIFEST_DIR"), "/../proto");
     let address = running.cluster.gateway.to_string();
-    let output = tokio::task::spawn_blocking(move || {
-        Command::new(python).arg(script).arg(protos).arg(address).arg("def f(x):").output().unwrap()
-    });
-    let output = output.await.unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(said["models"], serde_json::json!(["sdar"]));
-    assert!(!said["tokens"].as_array().unwrap().is_empty());
-    assert_eq!(said["origins"]["seed"], "request");
-    assert_eq!(said["bad"]["code"], "INVALID_ARGUMENT");
-    let details = said["bad"]["message"].as_str().unwrap();
-    assert!(details.contains("text") && details.contains("temperature"), "{details}");
+    if let Some(said) = python("client.py", &[protos, &address, "def f(x):"]).await {
+        assert_eq!(said["models"], serde_json::json!(["sdar"]));
+        assert!(!said["tokens"].as_array().unwrap().is_empty());
+        assert_eq!(said["origins"]["seed"], "request");
+        assert_eq!(said["bad"]["code"], "INVALID_ARGUMENT");
+        let details = said["bad"]["message"].as_str().unwrap();
+        assert!(details.contains("text") && details.contains("temperature"), "{details}");
+    }
     running.cluster.stop().await.unwrap();
+}
+
+/// A copy of the small SDAR that has a chat template.
+fn talker(folder: &Path) -> PathBuf {
+    let model = folder.join("talker");
+    std::fs::create_dir(&model).unwrap();
+    for file in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/sdar")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
+    }
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ";
+    std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+    model
+}
+
+/// OpenAI's own client, with a model that fills in, and one that chats.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_python_client_of_openai_is_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let models = [(Path::new("../models/python-tasks-3m").to_owned(), false), (talker(folder.path()), true)];
+    for (model, chats) in models {
+        let running = start_model(&model).await;
+        let url = format!("http://{}/v1", running.cluster.http.unwrap());
+        if let Some(said) = python("openai_client.py", &[&url]).await {
+            assert_eq!(said["models"].as_array().unwrap().len(), 1);
+            assert!(!said["completion"]["text"].as_str().unwrap().is_empty());
+            assert!(said["completion"]["unmask"]["nfe"].as_u64().unwrap() > 0);
+            // Text, or how it was refused.
+            assert_eq!((said["chat"].is_string(), said["infill"].is_string()), (chats, !chats));
+            assert_eq!(said["bad"]["model"]["class"], "NotFoundError");
+            assert_eq!(said["bad"]["fields"]["param"], "n");
+        }
+        running.cluster.stop().await.unwrap();
+    }
 }

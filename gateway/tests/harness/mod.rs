@@ -1,6 +1,8 @@
 //! A controller and workers played by the test, around a real gateway.
 #![allow(dead_code)]
 
+pub mod http;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -14,7 +16,7 @@ use tonic::codegen::tokio_stream::StreamExt as _;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status, Streaming};
-use unmask_gateway::{Config, GatewayError};
+use unmask_gateway::{Config, GatewayError, Listeners};
 use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::controller_service_server::{ControllerService, ControllerServiceServer};
 use unmask_proto::v1::generate_request::Input;
@@ -227,12 +229,14 @@ pub fn descriptor() -> ModelDescriptor {
     }
 }
 
-/// A gateway, and the controller it follows.
 /// What the harness itself asks with, where a gateway wants a key.
 pub const KEY: &str = "the harness's own";
 
+/// A gateway, and the controller it follows.
 pub struct Gateway {
     pub address: SocketAddr,
+    /// Of the HTTP interface.
+    pub http: SocketAddr,
     tables: watch::Sender<WatchRoutesResponse>,
     controller: CancellationToken,
     stop: oneshot::Sender<()>,
@@ -258,12 +262,15 @@ impl Gateway {
         tokio::spawn(server.serve_with_incoming_shutdown(TcpIncoming::from(listener), ended.cancelled_owned()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let http_address = http.local_addr().unwrap();
+        let listeners = Listeners { grpc: listener, http: Some(http) };
         let (stop, stopped) = oneshot::channel();
-        let ended = tokio::spawn(unmask_gateway::run(config, listener, async {
+        let ended = tokio::spawn(unmask_gateway::run(config, listeners, async {
             let _ = stopped.await;
         }));
         let client = InferenceServiceClient::connect(format!("http://{address}")).await.unwrap();
-        let gateway = Gateway { address, tables, controller, stop, ended, client };
+        let gateway = Gateway { address, http: http_address, tables, controller, stop, ended, client };
         gateway.until_groups(wanted).await;
         gateway
     }
