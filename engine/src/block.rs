@@ -1,7 +1,7 @@
 //! The open block: provisional tokens, and how a policy's choice changes them.
 
 use crate::policy::{Candidate, Change, Policy, View};
-use crate::request::{BlockTrace, Edit, Fill};
+use crate::request::{BlockTrace, DraftText, Edit, Fill};
 
 /// B positions being decoded together.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,6 +14,8 @@ pub struct OpenBlock {
     pub masked: Vec<bool>,
     /// Leading positions that hold prompt tokens.
     pub prompt_len: usize,
+    /// Positions of a given text that may not change.
+    fixed: Vec<bool>,
     /// Denoise passes so far.
     pub step: u32,
     /// Masks the block opened with.
@@ -48,12 +50,28 @@ impl OpenBlock {
             tokens,
             masked,
             prompt_len: prompt.len(),
+            fixed: vec![false; len],
             step: 0,
             given: false,
             masks_at_start: (len - prompt.len()) as u32,
             post_steps: 0,
             trace: BlockTrace { first_position: start, ..BlockTrace::default() },
         }
+    }
+
+    /// Puts a given text in place of the masks, from position `from` of it on. Behind its end `end_id` stands and stays.
+    pub fn take_draft(&mut self, draft: &DraftText, from: usize, end_id: u32) {
+        for i in self.prompt_len..self.len() {
+            let at = from + i - self.prompt_len;
+            let given = draft.tokens.get(at).map(|&token| (token, draft.masked[at], draft.fixed[at]));
+            (self.tokens[i], self.masked[i], self.fixed[i]) = given.unwrap_or((end_id, false, true));
+        }
+        self.masks_at_start = self.masked.iter().filter(|&&masked| masked).count() as u32;
+    }
+
+    /// Whether position `i` may change at all.
+    pub fn is_immutable(&self, i: usize) -> bool {
+        i < self.prompt_len || self.fixed[i]
     }
 
     /// Fills the first position with what a row before the block says, in a pass that was no denoise pass.
@@ -80,7 +98,7 @@ impl OpenBlock {
 
     /// Whether row `i` needs the head: it can still change.
     pub fn can_change(&self, i: usize, policy: &Policy) -> bool {
-        self.masked[i] || (policy.edits() && i >= self.prompt_len)
+        self.masked[i] || (policy.edits() && !self.is_immutable(i))
     }
 
     /// The block as a policy sees it. `immutable` and `random` are buffers of the block's length.

@@ -19,7 +19,7 @@ pub struct RequestId(pub u64);
 pub struct Request {
     /// Chosen by the caller; must not be in use.
     pub id: RequestId,
-    /// At least one token.
+    /// At least one token; none is needed where a text is edited.
     pub prompt: Vec<u32>,
     /// How to decode.
     pub settings: Settings,
@@ -37,6 +37,8 @@ pub struct Request {
     pub deadline: Option<u64>,
     /// Requests share keys and values of equal prefixes only with requests of the same salt.
     pub salt: u64,
+    /// A text to edit instead of one to generate.
+    pub draft: Option<DraftText>,
     /// Raw access for comparisons: any block size, and [`Event::Trace`] for every block.
     pub raw: bool,
 }
@@ -54,9 +56,21 @@ impl Request {
             priority: 0,
             deadline: None,
             salt: 0,
+            draft: None,
             raw: false,
         }
     }
+}
+
+/// A text to edit: `max_tokens` tokens, each of three lists as long. Nothing in it ends the request before its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DraftText {
+    /// Ids; meaningless where masked.
+    pub tokens: Vec<u32>,
+    /// Positions to be filled.
+    pub masked: Vec<bool>,
+    /// Positions that may not change.
+    pub fixed: Vec<bool>,
 }
 
 /// Complete settings of a request.

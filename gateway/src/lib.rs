@@ -10,6 +10,7 @@
 //! - [`tenants`]: who asks, and how much at a time
 //! - `service`: the path of a request
 //! - `validate`, `settings`, `prompt`: raw request to valid request, resolved settings, token ids
+//! - `edit`: a text in pieces to a draft, and back to what changed (pure)
 //! - `relay`: one stream from worker to client; continuation elsewhere
 //! - `stream`: order, no position twice, stop strings, text (pure)
 //! - `routes`, `circuit`, `watch`: which groups there are; which of them break; following the controller
@@ -19,6 +20,7 @@
 
 mod circuit;
 pub mod config;
+mod edit;
 mod openai;
 pub mod policy;
 mod prompt;

@@ -13,8 +13,8 @@ use tonic::{Code, Status, Streaming};
 use unmask_proto::rich;
 use unmask_proto::v1::run_response::Event as WorkerEvent;
 use unmask_proto::v1::{
-    Finish, FinishReason, GenerateResponse, ModelDescriptor, ResolvedSettings, RunRequest, RunResponse, Started, Usage,
-    generate_response::Event,
+    DraftText, Finish, FinishReason, GenerateResponse, ModelDescriptor, ResolvedSettings, RunRequest, RunResponse,
+    Started, Usage, generate_response::Event,
 };
 
 /// Events a client may leave unread before its stream pauses.
@@ -32,6 +32,8 @@ pub(crate) struct Job {
     pub model: Arc<ModelDescriptor>,
     pub prompt: Vec<u32>,
     pub settings: ResolvedSettings,
+    /// A text to edit.
+    pub draft: Option<DraftText>,
     pub drafts: bool,
     pub priority: i32,
     pub salt: u64,
@@ -49,8 +51,11 @@ pub(crate) struct Client {
     /// The gateway ends.
     pub stop: CancellationToken,
     /// Count the stream for as long as it lasts: the gateway's, and its tenant's where it has a limit.
-    pub _permits: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
+    pub _permits: Permits,
 }
+
+/// The gateway's permit, and the tenant's.
+pub(crate) type Permits = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
 
 impl Client {
     async fn send(&self, event: Event) -> Result<(), Status> {
@@ -220,6 +225,7 @@ impl Relay {
             cache_salt: self.job.salt,
             committed_ids: self.assembler.ids().to_vec(),
             passes_used: self.assembler.passes(),
+            draft: self.job.draft.clone(),
         }
     }
 

@@ -1,8 +1,9 @@
 //! The path of a request: validate, tokenize, resolve, route; then the stream has a task of its own. gRPC's side of it is
 //! here too, HTTP's in `openai`.
 
+use crate::edit::{self, Changes};
 use crate::prompt;
-use crate::relay::{Client, EVENTS_MAX, Job, Relay, stopping};
+use crate::relay::{Client, EVENTS_MAX, Job, Permits, Relay, stopping};
 use crate::routes::Route;
 use crate::settings;
 use crate::stack::Deadline;
@@ -11,18 +12,20 @@ use crate::tenants::Tenant;
 use crate::tokenizers::Tokenizers;
 use crate::upstream::Upstream;
 use crate::validate::{Resumed, Valid, validate};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::inference_service_server::InferenceService;
 use unmask_proto::v1::{
-    GenerateRequest, GenerateResponse, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse, Model,
-    TokenizeRequest, TokenizeResponse,
+    EditRequest, EditResponse, GenerateRequest, GenerateResponse, GetModelRequest, GetModelResponse, ListModelsRequest,
+    ListModelsResponse, Model, TokenizeRequest, TokenizeResponse,
 };
 use unmask_text::{Specials, TextError, Tokenizer};
 
@@ -56,6 +59,18 @@ impl InferenceService for Service {
         let arrived = Instant::now();
         let caller = Caller::of(request.extensions().get(), request.extensions().get(), arrived)?;
         Ok(Response::new(ReceiverStream::new(self.start(request.into_inner(), caller).await?)))
+    }
+
+    type EditStream = Pin<Box<dyn Stream<Item = Result<EditResponse, Status>> + Send>>;
+
+    async fn edit(&self, request: Request<EditRequest>) -> Result<Response<Self::EditStream>, Status> {
+        let caller = Caller::of(request.extensions().get(), request.extensions().get(), Instant::now())?;
+        let (reading, mut changes) = self.start_edit(request.into_inner(), caller).await?;
+        let events = ReceiverStream::new(reading).filter_map(move |event| match event {
+            Ok(GenerateResponse { event }) => event.and_then(|event| changes.event(event)).map(Ok),
+            Err(status) => Some(Err(status)),
+        });
+        Ok(Response::new(Box::pin(events)))
     }
 
     async fn tokenize(&self, request: Request<TokenizeRequest>) -> Result<Response<TokenizeResponse>, Status> {
@@ -112,14 +127,7 @@ impl Service {
         request: GenerateRequest,
         caller: Caller,
     ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
-        let Caller { tenant, arrived, deadline } = caller;
-        let permit = Arc::clone(&self.streams).try_acquire_owned();
-        // Whoever drains waits for all permits, so that none is left.
-        if self.draining.is_cancelled() {
-            return Err(stopping());
-        }
-        let permit = permit.map_err(|_| self.full())?;
-        let own = tenant.stream()?;
+        let permits = self.admit(&caller)?;
         let table = self.upstream.routes.table();
         let route = table.model(&request.model)?;
         let chosen = table.policy(&route.model.name);
@@ -129,7 +137,7 @@ impl Service {
         let settings = settings::fit(&valid, &route.model, prompt.len()).map_err(|found| rich::invalid(&[found]))?;
         // What a resumed stream already has was paid for where it came from.
         let done = valid.resume.as_ref().map_or(0, |resumed| resumed.received.len());
-        tenant.spend((prompt.len() as u64 + u64::from(settings.max_tokens)).saturating_sub(done as u64))?;
+        caller.tenant.spend((prompt.len() as u64 + u64::from(settings.max_tokens)).saturating_sub(done as u64))?;
         let resumed = valid.resume.unwrap_or_else(|| Resumed {
             request_id: uuid::Uuid::new_v4().to_string(),
             received: Vec::new(),
@@ -143,12 +151,73 @@ impl Service {
             model: Arc::clone(&route.model),
             prompt,
             settings,
+            draft: None,
             drafts: valid.drafts,
             priority: valid.priority,
-            salt: tenant.salt(),
-            arrived,
-            deadline,
+            salt: caller.tenant.salt(),
+            arrived: caller.arrived,
+            deadline: caller.deadline,
         };
+        self.begin(job, assembler, permits).await
+    }
+
+    /// Begins to edit a text; otherwise as [`Service::start`].
+    ///
+    /// # Errors
+    /// What keeps the stream from beginning.
+    async fn start_edit(
+        &self,
+        request: EditRequest,
+        caller: Caller,
+    ) -> Result<(mpsc::Receiver<Result<GenerateResponse, Status>>, Changes), Status> {
+        let permits = self.admit(&caller)?;
+        let route = self.upstream.routes.table().model(&request.model)?;
+        let valid = edit::validate(request, &route.model).map_err(|found| rich::invalid(&found))?;
+        let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
+        let edit::Valid { pieces, mut settings, priority } = valid.clone();
+        let encoder = Arc::clone(&tokenizer);
+        let draft = self.blocking(valid.text_bytes(), move || edit::encode(&encoder, &pieces)).await?;
+        let draft = draft.map_err(|error| refused("spans", &error))?;
+        let (tokens, most) = (draft.token_ids.len(), route.model.context_length);
+        if tokens == 0 || tokens > most as usize {
+            let description = format!("give {tokens} tokens, must be 1 to the model's context of {most}");
+            return Err(rich::invalid(&[Violation::new("spans", description)]));
+        }
+        settings.max_tokens = tokens as u32;
+        caller.tenant.spend(tokens as u64)?;
+        let job = Job {
+            request_id: uuid::Uuid::new_v4().to_string(),
+            model: Arc::clone(&route.model),
+            prompt: Vec::new(),
+            settings,
+            draft: Some(draft.clone()),
+            drafts: false,
+            priority,
+            salt: caller.tenant.salt(),
+            arrived: caller.arrived,
+            deadline: caller.deadline,
+        };
+        let assembler = Assembler::new(tokenizer, 0, Vec::new(), &[], 0);
+        Ok((self.begin(job, assembler, permits).await?, Changes::new(draft)))
+    }
+
+    /// Room for one more stream: the gateway's, and its tenant's where that has a limit.
+    fn admit(&self, caller: &Caller) -> Result<Permits, Status> {
+        let permit = Arc::clone(&self.streams).try_acquire_owned();
+        // Whoever drains waits for all permits, so that none is left.
+        if self.draining.is_cancelled() {
+            return Err(stopping());
+        }
+        Ok((permit.map_err(|_| self.full())?, caller.tenant.stream()?))
+    }
+
+    /// Gives a job to a group; from then on its stream has a task of its own.
+    async fn begin(
+        &self,
+        job: Job,
+        assembler: Assembler,
+        permits: Permits,
+    ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
         let mut relay = Relay::new(Arc::clone(&self.upstream), job, assembler);
         let first = match relay.over() {
             Some(_) => None,
@@ -158,7 +227,7 @@ impl Service {
         // The channel is empty: the first event fits.
         let _ = events.try_send(Ok(GenerateResponse { event: Some(relay.started()) }));
         let Service { stall_limit, group_wait, .. } = *self;
-        let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permits: (permit, own) };
+        let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permits: permits };
         tokio::spawn(relay.deliver(first, client));
         Ok(reading)
     }

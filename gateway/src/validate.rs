@@ -23,7 +23,7 @@ pub(crate) const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Highest temperature.
 const TEMPERATURE_MAX: f32 = 10.0;
 /// Highest and, negated, lowest priority.
-const PRIORITY_MAX: i32 = 100;
+pub(crate) const PRIORITY_MAX: i32 = 100;
 /// Most passes after the last mask fell.
 const POST_STEPS_MAX: u32 = 64;
 
@@ -147,6 +147,18 @@ pub(crate) fn validate(
         }
         _ => Err(found.0),
     }
+}
+
+/// Complete settings, but for the number of tokens, of what asks for them all.
+///
+/// # Errors
+/// Every violation at once, under the names of `decoding`.
+pub(crate) fn settings_of(decoding: &Decoding, model: &ModelDescriptor) -> Result<ResolvedSettings, Vec<Violation>> {
+    let mut found = Found::default();
+    check_said(decoding, &mut found);
+    let settings = settings::resolve(decoding, model, None, 0);
+    check_settings(&settings, "decoding", model, &model.capabilities.unwrap_or_default(), &mut found);
+    if found.0.is_empty() { Ok(settings) } else { Err(found.0) }
 }
 
 fn input(

@@ -3,6 +3,7 @@
 use std::time::Duration;
 use tonic::{Code, Status};
 use unmask_engine::policy::Order;
+use unmask_engine::request::DraftText;
 use unmask_engine::{Manner, Policy, Reason, Refusal, Request, RequestId, Sampling, Settings};
 use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::policy::{EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, Threshold};
@@ -49,6 +50,11 @@ pub(crate) fn request(message: RunRequest, id: RequestId, defaults: &Policy) -> 
         priority: message.priority,
         deadline: None,
         salt: message.cache_salt,
+        draft: message.draft.map(|draft| DraftText {
+            tokens: draft.token_ids,
+            masked: draft.masked,
+            fixed: draft.fixed,
+        }),
         raw: false,
     })
 }

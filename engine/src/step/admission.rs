@@ -16,7 +16,8 @@ pub(super) fn check(request: &Request, config: &ModelConfig, limits: &Limits) ->
         }
     };
     let settings = &request.settings;
-    require(!request.prompt.is_empty(), "prompt", "is empty: give at least one token".into());
+    let given = !request.prompt.is_empty() || request.draft.is_some();
+    require(given, "prompt", "is empty: give at least one token".into());
     let vocab = config.vocab_rows;
     for (field, ids) in [("prompt", &request.prompt), ("committed", &request.committed)] {
         let outside = ids.iter().position(|&id| id >= vocab);
@@ -118,6 +119,37 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
     }
     found.extend(settings.policy.violations(size.max(1)));
     check_manner(request, config, found);
+    check_draft(request, config, found);
+}
+
+/// A text to edit.
+fn check_draft(request: &Request, config: &ModelConfig, found: &mut Vec<Invalid>) {
+    let (Some(draft), settings) = (&request.draft, &request.settings) else { return };
+    let mut require = |ok: bool, field: &str, message: String| {
+        if !ok {
+            found.push(Invalid { field: field.into(), message });
+        }
+    };
+    let lengths = [draft.tokens.len(), draft.masked.len(), draft.fixed.len()];
+    require(
+        lengths == [settings.max_tokens as usize; 3],
+        "draft",
+        format!("its lists must have max_tokens ({}) elements each, have {lengths:?}", settings.max_tokens),
+    );
+    let outside = draft.tokens.iter().position(|&id| id >= config.vocab_rows);
+    require(
+        outside.is_none(),
+        "draft.token_ids",
+        outside.map_or(String::new(), |at| out_of_range(at, draft.tokens[at], config.vocab_rows)),
+    );
+    let both = draft.masked.iter().zip(&draft.fixed).any(|(&masked, &fixed)| masked && fixed);
+    require(!both, "draft.fixed", "a position to be filled cannot be one that may not change".into());
+    require(settings.policy.edits(), "policy", "must be joint_edit: others change nothing that is given".into());
+    require(
+        config.open_reach == Reach::Block && !config.eos_ids.is_empty(),
+        "draft",
+        format!("{} does not edit: it reads no blocks, or has no end-of-sequence", config.name),
+    );
 }
 
 /// What is done beside the policy.

@@ -60,8 +60,10 @@ pub(super) struct Life {
     /// Positions of a block that may fall together.
     sub_block: u32,
     pub(super) canvas_end: u32,
-    /// End-of-sequence ids of the model; none for raw requests, whose stop ids say it all.
+    /// End-of-sequence ids of the model; none for raw requests, whose stop ids say it all, and where a text is edited.
     eos_ids: Vec<u32>,
+    /// What stands behind the end of an edited text.
+    end_id: u32,
     pub(super) mask_id: u32,
     /// Passes that decided tokens.
     pub(super) nfe: u32,
@@ -118,7 +120,8 @@ impl Life {
             origin,
             block_size,
             sub_block: admission::sub_block(&request, config),
-            eos_ids: if request.raw { Vec::new() } else { config.eos_ids.clone() },
+            eos_ids: if request.raw || request.draft.is_some() { Vec::new() } else { config.eos_ids.clone() },
+            end_id: config.eos_ids.first().copied().unwrap_or(0),
             mask_id: config.mask_id.unwrap_or(0),
             passes: 0,
             request,
@@ -160,7 +163,11 @@ impl Life {
     pub(super) fn open_block(&self) -> OpenBlock {
         let start = self.block_start();
         let len = self.block_size.min(self.canvas_end - start);
-        OpenBlock::new(start, len as usize, &self.tokens[start as usize..])
+        let mut block = OpenBlock::new(start, len as usize, &self.tokens[start as usize..]);
+        if let Some(draft) = &self.request.draft {
+            block.take_draft(draft, self.tokens.len() - self.request.prompt.len(), self.end_id);
+        }
+        block
     }
 
     /// Indices of the block that may fall in the next pass: the first part with masks. Where an earlier pass stands for
@@ -278,7 +285,7 @@ impl Life {
         masked.clear();
         masked.extend((0..len).map(|i| block.masked[i] && part.contains(&i)));
         immutable.clear();
-        immutable.extend((0..len).map(|i| i < block.prompt_len || !part.contains(&i)));
+        immutable.extend((0..len).map(|i| block.is_immutable(i) || !part.contains(&i)));
         random.clear();
         random.extend((block.start..).take(len).map(|at| key(settings.sampling.seed, Purpose::Order, at, 0)[0]));
         decide(&settings.policy, &View { masked, ..block.view(immutable, spread, random, self.block_size) }, changes);
