@@ -1,5 +1,6 @@
 //! What may be typed.
 
+use crate::edit::EditArgs;
 use crate::policy::PolicyArgs;
 use crate::profile::ProfileArgs;
 use crate::request::PolicyArg;
@@ -27,6 +28,12 @@ pub enum Command {
   unmask generate --endpoint http://127.0.0.1:7700 --json \"def fib(n):\"
   echo \"def reverse_string(text):\" | unmask generate")]
     Generate(GenerateArgs),
+    /// Repair a file, its number of tokens kept, and show what changed
+    #[command(after_help = "Examples:
+  unmask edit broken.py
+  unmask edit broken.py --keep 1-3 --write
+  echo 'def twice(x): return ??' | unmask edit - --hole '??'")]
+    Edit(EditArgs),
     /// Run everything on this machine
     #[command(after_help = "Examples:
   unmask up

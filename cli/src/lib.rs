@@ -4,7 +4,7 @@
 //!
 //! Modules in reading order:
 //! - [`args`]: what may be typed
-//! - [`generate`], [`request`], [`resume`], [`screen`]: the client
+//! - [`generate`], [`edit`], [`request`], [`resume`], [`screen`]: the client
 //! - [`local`], [`up`], [`service`]: services in this process
 //! - [`control`]: looking at a cluster and steering it
 //! - [`models`]: where models are found
@@ -18,6 +18,7 @@
 pub mod args;
 pub mod bench;
 pub mod control;
+pub mod edit;
 #[cfg(feature = "train")]
 pub mod eval;
 pub mod generate;
@@ -62,6 +63,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Generate(args) => generate::run(args),
+        Command::Edit(args) => edit::run(&args),
         Command::Up(args) => up::run(args),
         Command::Gateway(args) => service::gateway(args),
         Command::Key => service::key(),
