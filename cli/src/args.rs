@@ -62,6 +62,10 @@ pub enum Command {
     /// Show a model's configuration, every value with its origin
     #[command(after_help = "Example:\n  unmask inspect models/python-tasks-3m")]
     Inspect(InspectArgs),
+    /// Read a GGUF file, or write a model for other programs: as GGUF, or as a Qwen3 folder
+    #[cfg(feature = "train")]
+    #[command(after_help = crate::convert::EXAMPLES)]
+    Convert(crate::convert::ConvertArgs),
     /// Write the raw head rows of given token ids
     #[command(after_help = "Example:\n  unmask logits --model DIR --ids 1,2,3 --reach causal --out logits.safetensors")]
     Logits(LogitsArgs),

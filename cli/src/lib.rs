@@ -9,6 +9,7 @@
 //! - [`control`]: looking at a cluster and steering it
 //! - [`models`]: where models are found
 //! - [`inspect`], [`raw`], [`verify`]: looking at checkpoints and comparing with other implementations
+//! - `convert`: models from and to other programs' formats (with the cargo feature `train`)
 //! - [`bench`]: measuring speed
 //! - [`profile`], [`policy`]: step time, and the block size it implies
 //! - [`train`]: making models
@@ -19,6 +20,8 @@ pub mod args;
 pub mod bench;
 pub mod control;
 pub mod edit;
+#[cfg(feature = "train")]
+pub mod convert;
 #[cfg(feature = "train")]
 pub mod eval;
 pub mod generate;
@@ -79,6 +82,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(args) => control::status(&args),
         Command::Drain(args) => control::drain(&args),
         Command::Policy(args) => policy::run(&args),
+        #[cfg(feature = "train")]
+        Command::Convert(args) => convert::run(&args),
         #[cfg(feature = "train")]
         Command::Eval(args) => eval::run(&args),
         Command::Train(args) => train::run(args),

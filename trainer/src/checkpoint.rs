@@ -169,8 +169,11 @@ fn decimal(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(f64::from(x))
 }
 
-/// Lets `fill` write into a temporary folder beside `dir` and renames it into place.
-fn atomically(dir: &Path, fill: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
+/// Lets `fill` write into a temporary folder beside `dir` and renames it into place; what was there is deleted.
+///
+/// # Errors
+/// `fill` fails, or the folder cannot be made or renamed.
+pub fn atomically(dir: &Path, fill: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
     let temporary = tempfile::Builder::new().prefix(".writing-").tempdir_in(parent)?;
