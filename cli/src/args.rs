@@ -4,6 +4,7 @@ use crate::edit::EditArgs;
 use crate::policy::PolicyArgs;
 use crate::profile::ProfileArgs;
 use crate::request::PolicyArg;
+use crate::verify::VerifyArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use unmask_engine::Reach;
@@ -353,26 +354,6 @@ pub struct DecodeArgs {
     /// Type of the weights
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
-}
-
-/// `unmask verify`
-#[derive(Debug, Args)]
-pub struct VerifyArgs {
-    /// Folders of reference data
-    #[arg(required = true)]
-    pub dirs: Vec<PathBuf>,
-    /// Folder to write what was computed to
-    #[arg(long)]
-    pub out: PathBuf,
-    /// The report as JSON
-    #[arg(long)]
-    pub json: bool,
-    /// Type of the weights
-    #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Dtype,
-    /// Ranks that share the model, threads of this process: 1, 2, 4 or 8
-    #[arg(long, default_value_t = 1)]
-    pub ranks: usize,
 }
 
 /// `unmask train`

@@ -19,9 +19,9 @@
 pub mod args;
 pub mod bench;
 pub mod control;
-pub mod edit;
 #[cfg(feature = "train")]
 pub mod convert;
+pub mod edit;
 #[cfg(feature = "train")]
 pub mod eval;
 pub mod generate;

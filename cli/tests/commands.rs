@@ -275,3 +275,27 @@ fn a_profile_is_measured_drawn_and_explained() {
     let error = failure(&["policy", "explain", "--profile", quality, "--quality", quality], 1);
     assert!(error.contains("profile"), "{error}");
 }
+
+#[test]
+fn edit_repairs_a_file_and_keeps_what_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("broken.py");
+    let broken = "def sum_of_squares(numbers):\n    total = 0\n    for number in numbers:\n        total += number * word\n    return total\n";
+    std::fs::write(&path, broken).unwrap();
+    let file = path.to_str().unwrap();
+    let diff = stdout(&unmask(&["edit", file]));
+    assert!(diff.contains("-        total += number * word\n+        total += number * number\n"), "{diff}");
+    assert_eq!(stdout(&unmask(&["edit", file, "--keep", "4"])), "", "the broken line may not change");
+    let report: Value = serde_json::from_str(&stdout(&unmask(&["edit", file, "--json"]))).unwrap();
+    assert_eq!(report["changes"].as_array().unwrap().len(), 1);
+    unmask(&["edit", file, "--write"]);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), broken.replace("word", "number"));
+    std::fs::write(&path, broken.replace("word", "??")).unwrap();
+    let filled: Value =
+        serde_json::from_str(&stdout(&unmask(&["edit", file, "--json", "--hole", "??", "--hole-tokens", "1"])))
+            .unwrap();
+    assert!(filled["changes"].as_array().unwrap().iter().any(|change| change["old"].is_null()), "{filled}");
+    let model = golden("sdar");
+    let error = failure(&["edit", file, "--model", model.to_str().unwrap()], 1);
+    assert!(error.contains("was not trained to edit"), "{error}");
+}

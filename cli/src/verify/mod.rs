@@ -6,14 +6,35 @@ pub mod compare;
 pub mod compute;
 pub mod golden;
 
-use crate::args::VerifyArgs;
+use crate::args::Dtype;
 use crate::output;
 use anyhow::Context;
+use clap::Args;
 use compare::Verdict;
 use serde_json::{Value, json};
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// `unmask verify`
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Folders of reference data
+    #[arg(required = true)]
+    pub dirs: Vec<PathBuf>,
+    /// Folder to write what was computed to
+    #[arg(long)]
+    pub out: PathBuf,
+    /// The report as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Dtype,
+    /// Ranks that share the model, threads of this process: 1, 2, 4 or 8
+    #[arg(long, default_value_t = 1)]
+    pub ranks: usize,
+}
 
 /// Runs the command: exit code 1 when anything differs or is not supported.
 ///

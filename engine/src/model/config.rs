@@ -281,7 +281,8 @@ fn refuse_what_is_not_implemented(r: &mut Reader<'_>, family: Family) {
         r.problem("mlp_bias: biases of the feed-forward part are not implemented");
     }
     for &(key, only) in family.fixed {
-        if r.value(key).is_some_and(|value| value.to_string() != only) {
+        let only_value: Option<Value> = serde_json::from_str(only).ok();
+        if r.value(key).is_some_and(|value| Some(value) != only_value.as_ref()) {
             r.problem(format!("{key} must be {only}: anything else is not implemented"));
         }
     }
