@@ -1,6 +1,7 @@
 //! What may be typed.
 
 use crate::edit::EditArgs;
+use crate::models::OverrideArgs;
 use crate::policy::PolicyArgs;
 use crate::profile::ProfileArgs;
 use crate::request::PolicyArg;
@@ -156,6 +157,9 @@ pub struct ModelArgs {
     /// Threads of the forward pass; 0 for all cores
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
+    /// What the checkpoint does not say
+    #[command(flatten)]
+    pub overrides: OverrideArgs,
 }
 
 /// `unmask generate`
@@ -298,6 +302,9 @@ pub struct WorkerArgs {
     /// host:port of every rank, where ranks are processes: this worker's first, the others run `unmask rank`
     #[arg(long, value_delimiter = ',', value_name = "ADDRESSES")]
     pub rank_addresses: Option<Vec<String>>,
+    /// What the checkpoint does not say
+    #[command(flatten)]
+    pub overrides: OverrideArgs,
 }
 
 /// `unmask inspect`
@@ -308,6 +315,9 @@ pub struct InspectArgs {
     /// As JSON
     #[arg(long)]
     pub json: bool,
+    /// What the checkpoint does not say
+    #[command(flatten)]
+    pub overrides: OverrideArgs,
 }
 
 /// `unmask logits`
@@ -331,6 +341,9 @@ pub struct LogitsArgs {
     /// Type of the weights
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
+    /// What the checkpoint does not say
+    #[command(flatten)]
+    pub overrides: OverrideArgs,
 }
 
 /// `unmask decode`
@@ -354,6 +367,9 @@ pub struct DecodeArgs {
     /// Type of the weights
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: Dtype,
+    /// What the checkpoint does not say
+    #[command(flatten)]
+    pub overrides: OverrideArgs,
 }
 
 /// `unmask train`

@@ -4,8 +4,8 @@ use crate::args::InspectArgs;
 use crate::{models, output};
 use std::fmt::Write;
 use std::process::ExitCode;
+use unmask_engine::model::ModelConfig;
 use unmask_engine::model::weights::Weights;
-use unmask_engine::model::{ModelConfig, Overrides};
 
 /// Runs the command.
 ///
@@ -13,7 +13,7 @@ use unmask_engine::model::{ModelConfig, Overrides};
 /// The model cannot be read, or is not supported.
 pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let dir = models::find(Some(&args.model))?;
-    let config = ModelConfig::load(&dir, &Overrides::default())?;
+    let config = ModelConfig::load(&dir, &args.overrides.overrides())?;
     let weights = Weights::open(&dir)?;
     weights.check(&config)?;
     let tensors = weights.tensors()?;

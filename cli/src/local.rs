@@ -129,8 +129,7 @@ impl Cluster {
         let ended = stops[2].clone().cancelled_owned();
         services.spawn(named("controller", unmask_controller::run(config, controller, ended)));
         let mut config = unmask_worker::Config::new(dir, Controllers::one(addresses.1));
-        config.load.dtype = model.dtype.weights();
-        config.load.threads = model.threads;
+        config.load = model.overrides.load_options(model.dtype, model.threads);
         config.worker_id = Some(WORKER_ID.into());
         config.profile_dir = profile_dir;
         let ended = stops[1].clone().cancelled_owned();

@@ -1,12 +1,65 @@
 //! Where models are found: a folder, or a name under a `models` folder.
 
+use crate::args::Dtype;
 use anyhow::{Context, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use unmask_engine::LoadOptions;
+use unmask_engine::model::{Overrides, Progress};
 
 /// Environment variable that names a folder of models.
 pub const MODELS_VARIABLE: &str = "UNMASK_MODELS";
 /// File in a folder of models that holds the name of the one to take.
 const DEFAULT_FILE: &str = "default";
+
+/// Loads that take no longer than this show no bar.
+const QUIET_LOAD: Duration = Duration::from_millis(500);
+
+/// What a checkpoint does not say of itself.
+#[derive(Debug, Clone, Default, Args)]
+pub struct OverrideArgs {
+    /// Family of the model, where its config names another: open_dcoder, a2d_qwen3_block, ..
+    #[arg(long, value_name = "NAME")]
+    pub family: Option<String>,
+    /// Id of the mask token, where neither config nor tokenizer has it
+    #[arg(long, value_name = "ID")]
+    pub mask_id: Option<u32>,
+}
+
+impl OverrideArgs {
+    /// For the engine.
+    pub fn overrides(&self) -> Overrides {
+        Overrides { family: self.family.clone(), mask_id: self.mask_id, block_size: None }
+    }
+
+    /// How to load a model, with a bar when that takes long.
+    pub fn load_options(&self, dtype: Dtype, threads: usize) -> LoadOptions {
+        let (dtype, overrides, progress) = (dtype.weights(), self.overrides(), Some(bar()));
+        LoadOptions { dtype, threads, overrides, progress, ..LoadOptions::default() }
+    }
+}
+
+/// A bar over the layers of a model, on standard error when that is a terminal.
+fn bar() -> Progress {
+    let shown: Mutex<Option<(Instant, ProgressBar)>> = Mutex::new(None);
+    Progress(Arc::new(move |done, all| {
+        let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, bar) = shown.get_or_insert_with(|| (Instant::now(), ProgressBar::hidden()));
+        if since.elapsed() > QUIET_LOAD && bar.is_hidden() && done < all {
+            *bar = ProgressBar::new(u64::from(all));
+            if let Ok(style) = ProgressStyle::with_template("loading {wide_bar} {pos}/{len} layers {eta}") {
+                bar.set_style(style);
+            }
+        }
+        bar.set_position(u64::from(done));
+        if done == all {
+            bar.finish_and_clear();
+        }
+    }))
+}
 
 /// The folder of a model: `name` itself when it is one, else that name (or the default) under the folders of models.
 ///

@@ -1,6 +1,7 @@
 //! `unmask logits` and `unmask decode`: raw access for comparisons with other implementations.
 
 use crate::args::{DecodeArgs, Dtype, LogitsArgs};
+use crate::models::OverrideArgs;
 use crate::{models, output};
 use anyhow::{Context, anyhow};
 use safetensors::tensor::{Dtype as TensorType, TensorView};
@@ -11,16 +12,15 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use unmask_engine::raw::{LoopKind, Parameters, RawDecode, RawOutcome};
-use unmask_engine::{LoadOptions, Model, raw};
+use unmask_engine::{Model, raw};
 
 /// Loads a model by folder or name.
 ///
 /// # Errors
 /// It is not found, or cannot be loaded.
-pub fn load(name: &str, dtype: Dtype) -> anyhow::Result<Arc<Model>> {
+pub fn load(name: &str, dtype: Dtype, overrides: &OverrideArgs) -> anyhow::Result<Arc<Model>> {
     let dir = models::find(Some(name))?;
-    let options = LoadOptions { dtype: dtype.weights(), ..LoadOptions::default() };
-    Ok(Arc::new(Model::load(&dir, &options)?))
+    Ok(Arc::new(Model::load(&dir, &overrides.load_options(dtype, 0))?))
 }
 
 /// Writes the raw head rows of the ids.
@@ -28,7 +28,7 @@ pub fn load(name: &str, dtype: Dtype) -> anyhow::Result<Arc<Model>> {
 /// # Errors
 /// Ids out of range, an unknown model, a file that cannot be written.
 pub fn logits(args: &LogitsArgs) -> anyhow::Result<ExitCode> {
-    let model = load(&args.model, args.dtype)?;
+    let model = load(&args.model, args.dtype, &args.overrides)?;
     let config = model.config();
     let reach = args.reach.map_or(config.kept_reach, |reach| reach.reach());
     let rows = raw::logits(&model, &args.ids, reach, args.block_size.unwrap_or(config.decode.block_size))?;
@@ -62,7 +62,7 @@ pub fn write_tensors(
 /// Unknown parameters or loops, values that the model cannot honour.
 pub fn decode(args: &DecodeArgs) -> anyhow::Result<ExitCode> {
     let parameters: Parameters = serde_json::from_str(&args.params).context("--params")?;
-    let model = load(&args.model, args.dtype)?;
+    let model = load(&args.model, args.dtype, &args.overrides)?;
     let loop_kind = match &args.decoding_loop {
         None => LoopKind::of(&model),
         Some(name) => LoopKind::from_name(name)

@@ -66,7 +66,7 @@ pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     raw.tensor_parallel = args.tensor_parallel.or(raw.tensor_parallel);
     raw.rank_addresses = args.rank_addresses.or(raw.rank_addresses);
     let mut config = unmask_worker::Config::try_from(raw)?;
-    config.load.dtype = args.dtype.weights();
+    config.load = args.overrides.load_options(args.dtype, config.load.threads);
     serve(&args.listen, "worker", |listener, stop| unmask_worker::run(config, listener, stop.cancelled_owned()))
 }
 

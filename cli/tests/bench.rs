@@ -153,7 +153,7 @@ fn people_get_a_table_and_one_line_when_nothing_can_be_measured() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interrupted_run_keeps_what_it_saw() {
-    let model = ModelArgs { model: None, dtype: Dtype::F32, threads: 2 };
+    let model = ModelArgs { model: None, dtype: Dtype::F32, threads: 2, overrides: Default::default() };
     let data = tempfile::tempdir().unwrap();
     let listeners = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await.unwrap();
     let mut cluster = Cluster::start(listeners, &model, data.path().to_owned()).unwrap();

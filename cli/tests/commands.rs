@@ -65,6 +65,18 @@ fn verify_reproduces_every_family_and_writes_what_it_computed() {
     }
 }
 
+/// I11 over every kind of layer: dense, with experts, fused projections, biases.
+#[test]
+fn verify_gives_the_same_over_two_and_four_ranks() {
+    for (family, ranks) in [("sdar_moe", "2"), ("llada2_moe", "4"), ("fast_dllm_v2", "4"), ("llada", "2")] {
+        let out = tempfile::tempdir().unwrap();
+        let (dir, at) = (golden(family), out.path());
+        let verify = ["verify", dir.to_str().unwrap(), "--out", at.to_str().unwrap(), "--ranks", ranks, "--json"];
+        let output = unmask(&verify);
+        assert_eq!(output.status.code(), Some(0), "{family} {ranks}: {}", stdout(&output));
+    }
+}
+
 #[test]
 fn verify_finds_differences_and_runs_without_answers() {
     let dir = tempfile::tempdir().unwrap();

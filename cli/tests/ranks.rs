@@ -124,7 +124,12 @@ async fn end(worker: &mut JoinHandle<Result<(), WorkerError>>) -> WorkerError {
 async fn two_processes_give_the_tokens_of_one_and_end_when_one_is_killed() {
     let data = tempfile::tempdir().unwrap();
     let listeners = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await.unwrap();
-    let one = ModelArgs { model: Some(model().to_str().unwrap().into()), dtype: Dtype::Bf16, threads: 1 };
+    let one = ModelArgs {
+        model: Some(model().to_str().unwrap().into()),
+        dtype: Dtype::Bf16,
+        threads: 1,
+        overrides: Default::default(),
+    };
     let mut cluster = Cluster::start(listeners, &one, data.path().to_owned()).unwrap();
     let mut alone = cluster.ready().await.unwrap();
     let expected = tokens(&mut alone).await;

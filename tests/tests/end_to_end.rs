@@ -26,7 +26,12 @@ async fn start() -> Running {
 /// With another model, by its path (from this package).
 async fn start_model(model: &Path) -> Running {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join(model);
-    let model = ModelArgs { model: Some(model.to_str().unwrap().into()), dtype: Dtype::F32, threads: 2 };
+    let model = ModelArgs {
+        model: Some(model.to_str().unwrap().into()),
+        dtype: Dtype::F32,
+        threads: 2,
+        overrides: Default::default(),
+    };
     let data = tempfile::tempdir().unwrap();
     let listeners = Listeners::bind(LOCAL, 0).await.unwrap().with_http(None, LOCAL, 0).await.unwrap();
     let mut cluster = Cluster::start(listeners, &model, data.path().to_owned()).unwrap();

@@ -7,7 +7,7 @@ use super::machine::Machine;
 use super::roof::{Meter, Roof};
 use super::step::{Scene, floors, median};
 use crate::models;
-use crate::{args::Dtype, output, raw::load};
+use crate::{args::Dtype, models::OverrideArgs, output, raw::load};
 use anyhow::ensure;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -127,8 +127,9 @@ struct Tally {
 /// # Errors
 /// The models cannot be loaded or are not for these tasks' prompts; Python cannot be run.
 pub fn run(args: &TwinArgs) -> anyhow::Result<ExitCode> {
-    let model = load(&args.model, args.dtype)?;
-    let baseline = args.twin.as_ref().map_or_else(|| Ok(Arc::clone(&model)), |twin| load(twin, args.dtype))?;
+    let load = |name: &str| load(name, args.dtype, &OverrideArgs::default());
+    let model = load(&args.model)?;
+    let baseline = args.twin.as_ref().map_or_else(|| Ok(Arc::clone(&model)), |twin| load(twin))?;
     let default = Point::of(&model);
     let point =
         Point::threshold(args.block_size.unwrap_or(default.block_size), args.threshold.unwrap_or(default.threshold));

@@ -270,7 +270,7 @@ fn bits_of(args: &EvalArgs, documents: &[Document]) -> anyhow::Result<Option<bit
         return Ok(None);
     }
     let dir = models::find(args.model.model.as_deref())?;
-    let model = raw::load(&dir.to_string_lossy(), args.model.dtype)?;
+    let model = raw::load(&dir.to_string_lossy(), args.model.dtype, &args.model.overrides)?;
     let bar = ProgressBar::new(documents.len() as u64);
     let bits = bits::bits(&model, &measure::tokenizer(&dir)?, documents, |done| bar.set_position(done as u64));
     bar.finish_and_clear();

@@ -21,8 +21,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 use throughput::Throughput;
 use unmask_controller::policy::{Profile, Quality};
+use unmask_engine::Model;
 use unmask_engine::profile::{Grid, measure};
-use unmask_engine::{LoadOptions, Model};
 
 /// `unmask profile`
 #[derive(Debug, Args)]
@@ -53,9 +53,7 @@ pub fn run(args: &ProfileArgs) -> anyhow::Result<ExitCode> {
     // What cannot be read must not be found out after minutes of measuring.
     let quality = read_quality(&dir, args.quality.as_deref())?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("--out: cannot create {}", args.out.display()))?;
-    let options =
-        LoadOptions { dtype: args.model.dtype.weights(), threads: args.model.threads, ..LoadOptions::default() };
-    let model = Model::load(&dir, &options)?;
+    let model = Model::load(&dir, &args.model.overrides.load_options(args.model.dtype, args.model.threads))?;
     let length = model.config().context_length;
     let grid = if args.short { Grid::short(length) } else { Grid::full(length) };
     let measured = measured(&model, &grid)?;

@@ -3,6 +3,7 @@
 
 use super::*;
 use std::time::Duration;
+use unmask_engine::LoadOptions;
 use unmask_engine::profile::Profile as Measured;
 
 fn measured() -> Measured {

@@ -1,6 +1,7 @@
 //! The stages, each from one file of settings.
 
 use crate::args::{MeasureArgs, RepairArgs, TasksArgs, TrainArgs, TrainCommand};
+use crate::models::OverrideArgs;
 use crate::raw::load;
 use crate::{models, output};
 use anyhow::Context;
@@ -70,7 +71,7 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
     let mut tasks = read_tasks(&args.tasks)?;
     tasks.truncate(args.limit.unwrap_or(usize::MAX));
     let dir = models::find(Some(&args.model))?;
-    let model = load(&args.model, args.dtype)?;
+    let model = load(&args.model, args.dtype, &OverrideArgs::default())?;
     let tokenizer = tokenizer(&dir)?;
     let mut rows: Vec<Row> = Vec::new();
     output::out("policy          block  threshold      n   pass   (low)  parse    TPF\n")?;

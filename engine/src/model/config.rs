@@ -61,6 +61,8 @@ pub struct Entry {
 /// What the user says instead of the files.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Overrides {
+    /// Name of the family, where the config names another.
+    pub family: Option<String>,
     /// Id of the mask token.
     pub mask_id: Option<u32>,
     /// Default block size.
@@ -167,13 +169,21 @@ impl ModelConfig {
         let tokenizer = Tokens::read(dir)?;
         let architecture = object.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
         let model_type = object.get("model_type").and_then(Value::as_str);
-        let family = Family::find(architecture, model_type).ok_or_else(|| LoadError::Architecture {
-            path: path.clone(),
-            found: architecture.or(model_type).unwrap_or("(none named)").to_owned(),
-            known: Family::known(),
-        })?;
+        let family = match &overrides.family {
+            Some(name) => Family::named(name).ok_or_else(|| {
+                let names = Family::names();
+                LoadError::config(&path, vec![format!("the override of family: {name} is unknown; known: {names}")])
+            })?,
+            None => Family::find(architecture, model_type).ok_or_else(|| LoadError::Architecture {
+                path: path.clone(),
+                found: architecture.or(model_type).unwrap_or("(none named)").to_owned(),
+                known: Family::known(),
+            })?,
+        };
         let mut reader = Reader::new(&object, family.keys);
         reader.note("architecture", architecture.unwrap_or(family.name()), "config.json");
+        let named_by = if overrides.family.is_some() { "override" } else { "config.json" };
+        reader.note("family", family.name(), named_by);
         let config = resolve(&mut reader, dir, family, &generation, &tokenizer, overrides);
         if reader.problems.is_empty() {
             Ok(ModelConfig { entries: reader.entries, ..config })

@@ -33,6 +33,18 @@ pub struct LoadOptions {
     pub overrides: Overrides,
     /// Which part of the model to load.
     pub share: Share,
+    /// Who hears how far it is.
+    pub progress: Option<Progress>,
+}
+
+/// Hears of every layer that is packed: how many are, of how many.
+#[derive(Clone)]
+pub struct Progress(pub Arc<dyn Fn(u32, u32) + Send + Sync>);
+
+impl std::fmt::Debug for Progress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Progress")
+    }
 }
 
 impl Default for LoadOptions {
@@ -45,6 +57,7 @@ impl Default for LoadOptions {
             isa: None,
             overrides: Overrides::default(),
             share: Share::WHOLE,
+            progress: None,
         }
     }
 }
@@ -140,7 +153,15 @@ impl Model {
         let positions = (config.context_length + BLOCK_SIZE_MAX) as usize;
         let rotary = Rotary::new(config.heads.head_dim, config.rotary_dim as usize, config.rope_theta, positions);
         Ok(Model {
-            layers: (0..config.layers).map(|layer| loader.layer(layer)).collect(),
+            layers: (0..config.layers)
+                .map(|layer| {
+                    let packed = loader.layer(layer);
+                    if let Some(Progress(hear)) = &options.progress {
+                        hear(layer + 1, config.layers);
+                    }
+                    packed
+                })
+                .collect(),
             embedding: loader.embedding(),
             norm: loader.norm(),
             head: loader.head(),

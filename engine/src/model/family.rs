@@ -162,7 +162,7 @@ const LLADA2_MOE: Family = Family {
 };
 
 /// Every family this program loads. Sources: the authors' configurations and modelling code.
-const FAMILIES: [Family; 17] = [
+const FAMILIES: [Family; 20] = [
     Family { name: "llama", architecture: "LlamaForCausalLM", model_type: "llama", ..AUTOREGRESSIVE },
     Family { name: "qwen2", architecture: "Qwen2ForCausalLM", model_type: "qwen2", qkv_bias: true, ..AUTOREGRESSIVE },
     Family { name: "qwen3", architecture: "Qwen3ForCausalLM", model_type: "qwen3", qk_norm: true, ..AUTOREGRESSIVE },
@@ -247,6 +247,10 @@ const FAMILIES: [Family; 17] = [
         qk_norm: true,
         ..BIDIRECTIONAL
     },
+    // Configs of these name another family: they are found by an override only.
+    Family { name: "open_dcoder", shift: true, qkv_bias: true, mask_token: Some("<M>"), ..BIDIRECTIONAL },
+    Family { name: "a2d_qwen2_block", qkv_bias: true, block_size: 32, mask_token: Some("<|mask|>"), ..BLOCK_CAUSAL },
+    Family { name: "a2d_qwen3_block", qk_norm: true, block_size: 32, mask_token: Some("<|mask|>"), ..BLOCK_CAUSAL },
     OWN,
 ];
 
@@ -258,15 +262,31 @@ impl Family {
 
     /// The family of a config: by architecture, then by model type.
     pub fn find(architecture: Option<&str>, model_type: Option<&str>) -> Option<Family> {
-        let by_architecture = FAMILIES.iter().find(|family| Some(family.architecture) == architecture);
+        let named = architecture.filter(|name| !name.is_empty());
+        let by_architecture = FAMILIES.iter().find(|family| Some(family.architecture) == named);
         // A named but unknown architecture is not rescued by a familiar model_type: that key is reused.
-        let by_type = || FAMILIES.iter().find(|family| architecture.is_none() && Some(family.model_type) == model_type);
+        let by_type = || {
+            FAMILIES.iter().find(|family| {
+                architecture.is_none() && Some(family.model_type) == model_type && model_type != Some("")
+            })
+        };
         by_architecture.or_else(by_type).copied()
+    }
+
+    /// The family of that name.
+    pub fn named(name: &str) -> Option<Family> {
+        FAMILIES.iter().find(|family| family.name == name).copied()
+    }
+
+    /// Names of all families.
+    pub fn names() -> String {
+        FAMILIES.map(|family| family.name).join(", ")
     }
 
     /// Architectures this program loads.
     pub fn known() -> String {
-        FAMILIES.map(|family| family.architecture).join(", ")
+        let named = FAMILIES.iter().map(|family| family.architecture).filter(|name| !name.is_empty());
+        named.collect::<Vec<_>>().join(", ")
     }
 
     /// Short name, as in reference data.
@@ -305,5 +325,7 @@ mod tests {
         assert_eq!(found.map(|f| f.name()), Some("stable_diffcoder"));
         assert_eq!(Family::find(None, Some("qwen3")).map(|f| f.name()), Some("qwen3"));
         assert_eq!(Family::find(Some("GPT2LMHeadModel"), Some("llama")), None);
+        assert_eq!((Family::find(Some(""), None), Family::find(None, Some(""))), (None, None));
+        assert_eq!(Family::named("open_dcoder").map(|f| (f.diffuses(), f.shift)), Some((true, true)));
     }
 }

@@ -20,7 +20,7 @@ pub mod weights;
 mod tests;
 
 pub use config::{DecodeDefaults, Entry, Infill, ModelConfig, Overrides};
-pub use decoder::{LoadOptions, Model, Scratch};
+pub use decoder::{LoadOptions, Model, Progress, Scratch};
 pub use family::Family;
 pub use link::{Alone, Link, Operation};
 pub use loader::Share;

@@ -254,7 +254,7 @@ fn values_name_their_origin() {
     assert_eq!(origin(&stable, "block_sizes"), ("[4]".into(), "family default"));
     assert!(config("qwen2").qkv_bias && config("qwen2").tied && !config("qwen2").qk_norm);
     assert_eq!((config("qwen3").rope_theta, config("qwen3").rotary_dim), (1e6, 32));
-    let overrides = Overrides { mask_id: Some(7), block_size: Some(8) };
+    let overrides = Overrides { mask_id: Some(7), block_size: Some(8), ..Overrides::default() };
     let changed = ModelConfig::load(&golden("sdar"), &overrides).unwrap();
     assert_eq!(origin(&changed, "mask_token_id"), ("7".into(), "override"));
     assert_eq!((changed.block_sizes, changed.decode.block_size), (vec![8], 8));
@@ -463,6 +463,18 @@ fn the_numerics_id_names_everything_that_decides_bits() {
     let nudged = copy("qwen3");
     change_tensors(&nudged, |tensors| tensors.get_mut("model.norm.weight").unwrap().2[0] ^= 1);
     assert_ne!(base.numerics_id(), Model::load(nudged.path(), &options()).unwrap().numerics_id());
+}
+
+/// Open-dCoder's folder says Qwen2: what it is has to be said.
+#[test]
+fn a_family_can_be_named_where_the_config_names_another() {
+    let named = |name: &str| Overrides { family: Some(name.into()), mask_id: Some(9), ..Overrides::default() };
+    let config = ModelConfig::load(&golden("qwen2"), &named("open_dcoder")).unwrap();
+    assert_eq!((config.open_reach, config.shift, config.mask_id), (Reach::Bidirectional, true, Some(9)));
+    assert_eq!(origin(&config, "family"), ("open_dcoder".into(), "override"));
+    assert!(Model::load(&golden("qwen2"), &LoadOptions { overrides: named("open_dcoder"), ..options() }).is_ok());
+    let error = ModelConfig::load(&golden("qwen2"), &named("gpt2")).unwrap_err().to_string();
+    assert!(error.contains("gpt2 is unknown; known: llama"), "{error}");
 }
 
 #[test]
