@@ -60,6 +60,12 @@ struct Model {
 struct Added {
     id: u64,
     content: String,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    #[serde(default)]
+    normalized: bool,
 }
 
 /// The highest id of a vocabulary, of which nothing else is kept.
@@ -94,7 +100,7 @@ pub(crate) fn problems(json: &[u8]) -> Vec<String> {
         Err(error) => return vec![error.to_string()],
     };
     let mut found = model_problems(&outline.model);
-    found.extend(added_problems(&outline.added_tokens));
+    found.extend(added_problems(&outline.added_tokens, &outline.normalizer));
     // Every token takes more than one byte of the file, so ids past that are gaps that only cost memory.
     let bound = (json.len() as u64).min(ID_MAX);
     let highest = outline.added_tokens.iter().map(|added| added.id).fold(outline.model.vocab.0, u64::max);
@@ -133,14 +139,30 @@ fn model_problems(model: &Model) -> Vec<String> {
     found
 }
 
-fn added_problems(added: &[Added]) -> Vec<String> {
+fn added_problems(added: &[Added], normalizer: &Value) -> Vec<String> {
     let mut found = Vec::new();
     if added.len() > ADDED_MAX {
         found.push(format!("added_tokens holds {} tokens, at most {ADDED_MAX} are read", added.len()));
     }
     let long = added.iter().filter(|token| token.content.len() > ADDED_BYTES_MAX);
     found.extend(long.map(|token| format!("added token {} is longer than {ADDED_BYTES_MAX} bytes", token.id)));
+    // What finds these tokens in text would find two at one place, or one of no length.
+    let edge = |token: &&Added| token.content.trim() != token.content || token.content.is_empty();
+    if let Some(token) = added.iter().find(edge).filter(|_| added.iter().any(|token| token.lstrip || token.rstrip)) {
+        found.push(format!("added token {} has white space at its edge, which another token takes", token.id));
+    }
+    let vanishes = has_step(normalizer, &["Strip", "StripAccents"]);
+    if let Some(token) = added.iter().find(|token| token.normalized && vanishes) {
+        found.push(format!("added token {} is normalized, and the normalizer strips", token.id));
+    }
     found
+}
+
+/// Whether a part has a step of these kinds.
+fn has_step(part: &Value, kinds: &[&str]) -> bool {
+    let mut steps = Vec::new();
+    collect_steps(part, &mut steps);
+    steps.iter().any(|step| step["type"].as_str().is_some_and(|kind| kinds.contains(&kind)))
 }
 
 /// Kinds and number of a part's steps; `None` allows every kind.
