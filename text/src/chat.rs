@@ -6,8 +6,8 @@
 
 use crate::tokenizer::spelling;
 use crate::{Specials, TextError, Tokenizer};
+use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, ErrorKind, context};
-use serde_json::Value;
 use std::collections::HashSet;
 use std::io;
 
@@ -17,6 +17,10 @@ const TEMPLATE_BYTES_MAX: usize = 1 << 20;
 const TEMPLATE_FUEL: u64 = 10_000_000;
 /// Longest text a template may make of a conversation (bytes).
 const RENDERED_BYTES_MAX: usize = 32 << 20;
+/// Widest indent of `tojson` (spaces).
+const INDENT_MAX: usize = 16;
+/// Filters that make as much text or as many items as a number says.
+const OVERSIZED: [&str; 5] = ["batch", "slice", "indent", "format", "wordwrap"];
 /// Opens and closes a marker; a private-use character that no template writes.
 const MARK: char = '\u{F8FE}';
 
@@ -38,10 +42,10 @@ pub(crate) struct Template {
 
 impl Template {
     /// The template of its own file, else of `tokenizer_config.json` (a string, or a list with one named "default").
-    pub(crate) fn find(own: &str, config: &Value) -> Result<Option<Template>, TextError> {
+    pub(crate) fn find(own: &str, config: &serde_json::Value) -> Result<Option<Template>, TextError> {
         let configured = match config.get("chat_template") {
-            Some(Value::String(text)) => text.as_str(),
-            Some(Value::Array(list)) => {
+            Some(serde_json::Value::String(text)) => text.as_str(),
+            Some(serde_json::Value::Array(list)) => {
                 let default = list.iter().find(|entry| entry["name"] == "default");
                 default.and_then(|entry| entry["template"].as_str()).unwrap_or("")
             }
@@ -60,6 +64,8 @@ impl Template {
         environment.set_lstrip_blocks(true);
         environment.set_fuel(Some(TEMPLATE_FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        OVERSIZED.iter().for_each(|filter| environment.remove_filter(filter));
+        environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -81,6 +87,17 @@ impl Template {
         result.map_err(|e| TextError::Template(e.detail().map_or_else(|| e.to_string(), str::to_owned)))?;
         String::from_utf8(rendered.0).map_err(|e| TextError::Template(e.to_string()))
     }
+}
+
+/// The built-in filter with a limit: an indent takes as much memory as it says.
+fn to_json(value: &Value, indent: Option<Value>, args: Kwargs) -> Result<Value, minijinja::Error> {
+    let named: Option<Value> = if args.has("indent") { args.peek("indent")? } else { None };
+    let wide = |indent: &Value| indent.as_usize().is_some_and(|indent| indent > INDENT_MAX);
+    if indent.iter().chain(&named).any(wide) {
+        let reason = format!("tojson indents by {INDENT_MAX} at most");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason));
+    }
+    minijinja::filters::tojson(value, indent, args)
 }
 
 /// Output with a limit: a template may loop.

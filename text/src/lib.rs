@@ -3,11 +3,12 @@
 //! It knows `tokenizer.json` of any byte-level BPE model, its chat template, and when text can no longer change. It does
 //! not know models, requests or networks.
 //!
-//! Modules in reading order: [`tokenizer`], [`detokenize`] (never half a character), [`stop`] (stop strings over a
-//! stream), [`chat`] (templates in which what users wrote stays text).
+//! Modules in reading order: `outline` (what a `tokenizer.json` may hold), [`tokenizer`], [`detokenize`] (never half a
+//! character), [`stop`] (stop strings over a stream), [`chat`] (templates in which what users wrote stays text).
 
 pub mod chat;
 pub mod detokenize;
+mod outline;
 pub mod stop;
 pub mod tokenizer;
 

@@ -2,6 +2,7 @@
 
 use crate::TextError;
 use crate::chat::Template;
+use crate::outline;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -42,8 +43,15 @@ impl Tokenizer {
     ) -> Result<Tokenizer, TextError> {
         let bad = |file, reason: String| TextError::Tokenizer { file, reason };
         let (config_json, own_template) = (tokenizer_config_json.unwrap_or(b""), chat_template.unwrap_or(""));
+        let problems = outline::problems(tokenizer_json);
+        if !problems.is_empty() {
+            return Err(bad("tokenizer.json", problems.join("; ")));
+        }
         let mut parsing = tokenizers::Tokenizer::from_bytes(tokenizer_json)
             .map_err(|error| bad("tokenizer.json", error.to_string()))?;
+        if !matches!(parsing.get_model(), tokenizers::models::ModelWrapper::BPE(_)) {
+            return Err(bad("tokenizer.json", "model.type must be BPE: others are not read".into()));
+        }
         // Prompts are never cut or filled up here: their length is for whoever validates them to judge.
         parsing.with_padding(None).with_truncation(None).map_err(|error| bad("tokenizer.json", error.to_string()))?;
         let config: Value = if config_json.is_empty() {

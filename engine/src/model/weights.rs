@@ -5,9 +5,10 @@ use super::names::Projections;
 use super::{LoadError, ModelConfig};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use unmask_kernels::{Mapped, map_read_only};
 
@@ -49,6 +50,7 @@ impl Weights {
         for name in names {
             let path = dir.join(&name);
             let mapped = map_read_only(&path).map_err(|error| LoadError::File { path: path.clone(), error })?;
+            check_offsets(&path, &mapped)?;
             parse(&path, &mapped)?;
             files.push((path, mapped));
         }
@@ -88,38 +90,44 @@ impl Weights {
     /// [`LoadError::Tensors`] with all that is missing, unknown or misshapen.
     pub fn check(&self, config: &ModelConfig) -> Result<(), LoadError> {
         let tensors = self.tensors()?;
-        let expected = expected(config);
-        let mut problems = Vec::new();
-        for (name, shape) in &expected {
-            match tensors.get(name) {
-                None => problems.push(format!("{name} is missing")),
-                Some(view) if view.shape() != shape => {
-                    problems.push(format!("{name} has shape {:?}, the config says {shape:?}", view.shape()));
+        let (mut listed, mut count) = (Vec::new(), 0);
+        let mut problem = |problem: String| {
+            count += 1;
+            if listed.len() < PROBLEMS_MAX {
+                listed.push(problem);
+            }
+        };
+        let mut known = BTreeSet::new();
+        for (name, shape) in expected(config) {
+            match tensors.get_key_value(&name) {
+                None => problem(format!("{name} is missing")),
+                Some((name, view)) => {
+                    known.insert(name.as_str());
+                    if view.shape() != shape {
+                        problem(format!("{name} has shape {:?}, the config says {shape:?}", view.shape()));
+                    } else if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                        problem(format!("{name} has type {:?}; f32, f16 and bf16 are read", view.dtype()));
+                    }
                 }
-                Some(view) if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
-                    problems.push(format!("{name} has type {:?}; f32, f16 and bf16 are read", view.dtype()));
-                }
-                Some(_) => {}
             }
         }
-        let known = |name: &str| {
-            expected.contains_key(name)
-                || IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+        let ignored = |name: &str| {
+            IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
                 || (config.tied && name.strip_suffix(".weight") == Some(config.family.names.head))
         };
-        problems.extend(tensors.keys().filter(|name| !known(name)).map(|name| match name.ends_with("o_proj.bias") {
-            true => format!("{name}: a bias of the attention's output is not implemented"),
-            false => format!("{name} is unknown"),
-        }));
-        if problems.is_empty() {
+        for name in tensors.keys().filter(|name| !known.contains(name.as_str()) && !ignored(name)) {
+            problem(match name.ends_with("o_proj.bias") {
+                true => format!("{name}: a bias of the attention's output is not implemented"),
+                false => format!("{name} is unknown"),
+            });
+        }
+        if count == 0 {
             return Ok(());
         }
-        let more = problems.len().saturating_sub(PROBLEMS_MAX);
-        problems.truncate(PROBLEMS_MAX);
-        if more > 0 {
-            problems.push(format!("and {more} more"));
+        if count > PROBLEMS_MAX {
+            listed.push(format!("and {} more", count - PROBLEMS_MAX));
         }
-        Err(LoadError::Tensors { path: self.dir.clone(), problems })
+        Err(LoadError::Tensors { path: self.dir.clone(), problems: listed })
     }
 }
 
@@ -143,22 +151,42 @@ fn parse<'a>(path: &Path, mapped: &'a Mapped) -> Result<SafeTensors<'a>, LoadErr
         .map_err(|error| LoadError::Corrupt { path: path.to_owned(), reason: error.to_string() })
 }
 
-/// Names and shapes of a model's tensors.
-fn expected(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+/// A header that speaks of bytes past the end of its file: the library would add such offsets up past 64 bits.
+fn check_offsets(path: &Path, bytes: &[u8]) -> Result<(), LoadError> {
+    #[derive(Deserialize)]
+    struct Span {
+        #[serde(default)]
+        data_offsets: Value,
+    }
+    let length = bytes.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+    let end = usize::try_from(length).ok().and_then(|length| length.checked_add(size_of::<u64>()));
+    let header = end.and_then(|end| bytes.get(size_of::<u64>()..end)).unwrap_or_default();
+    // Where this cannot be read, the library says why.
+    let spans: HashMap<String, Span> = serde_json::from_slice(header).unwrap_or_default();
+    let fits = |offset: &Value| offset.as_u64().is_none_or(|offset| offset <= bytes.len() as u64);
+    let past = |span: &Span| span.data_offsets.as_array().is_some_and(|offsets| !offsets.iter().all(fits));
+    match spans.iter().find(|(_, span)| past(span)) {
+        Some((name, _)) => {
+            let reason = format!("{name} lies past the end of the file");
+            Err(LoadError::Corrupt { path: path.to_owned(), reason })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Names and shapes of a model's tensors, made as they are asked for: a config may speak of a million that no file holds.
+fn expected(config: &ModelConfig) -> impl Iterator<Item = (String, Vec<usize>)> {
     let (hidden, vocab) = (config.hidden as usize, config.vocab_rows as usize);
     let names = config.family.names;
-    let mut all = BTreeMap::new();
-    all.insert(format!("{}.weight", names.embedding), vec![vocab, hidden]);
-    all.insert(format!("{}.weight", names.norm), vec![hidden]);
+    let mut ends = vec![(names.embedding, vec![vocab, hidden]), (names.norm, vec![hidden])];
     if !config.tied {
-        all.insert(format!("{}.weight", names.head), vec![vocab, hidden]);
+        ends.push((names.head, vec![vocab, hidden]));
     }
-    for layer in 0..config.layers {
-        let at = |(name, shape): (String, Vec<usize>)| (format!("{}.{layer}.{name}", names.layers), shape);
-        all.extend(attention_tensors(config).into_iter().map(at));
-        all.extend(ffn_tensors(config, layer).into_iter().map(at));
-    }
-    all
+    let ends = ends.into_iter().map(|(name, shape)| (format!("{name}.weight"), shape));
+    ends.chain((0..config.layers).flat_map(move |layer| {
+        let parts = attention_tensors(config).into_iter().chain(ffn_tensors(config, layer));
+        parts.map(move |(name, shape)| (format!("{}.{layer}.{name}", names.layers), shape))
+    }))
 }
 
 /// Those of a layer's attention and of both norms, without the layer's prefix.
