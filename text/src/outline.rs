@@ -230,6 +230,8 @@ fn pattern_problems(patterns: &[&str]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
     use serde_json::json;
 
@@ -238,13 +240,13 @@ mod tests {
             "model": { "type": "BPE", "vocab": { "a": 0 }, "merges": [] }, "added_tokens": [], "normalizer": null,
             "pre_tokenizer": { "type": "ByteLevel" }, "post_processor": null, "decoder": null,
         });
-        whole.as_object_mut().map(|whole| whole.extend(change.as_object().cloned().unwrap_or_default()));
+        whole.as_object_mut().unwrap().extend(change.as_object().cloned().unwrap_or_default());
         whole.to_string().into_bytes()
     }
 
     fn model(change: Value) -> Vec<u8> {
         let mut model = json!({ "type": "BPE", "vocab": { "a": 0 }, "merges": [] });
-        model.as_object_mut().map(|model| model.extend(change.as_object().cloned().unwrap_or_default()));
+        model.as_object_mut().unwrap().extend(change.as_object().cloned().unwrap_or_default());
         file(json!({ "model": model }))
     }
 
