@@ -1,6 +1,7 @@
 //! Rotary embedding, optional query/key norm, and the append to the cache, in one pass over a step's rows.
 
 use half::bf16;
+use std::sync::OnceLock;
 
 use crate::Cpu;
 use crate::kv::{Element, HeadShape, KvCache, KvType, KvWriter, PAGE_SLOTS, Row, RowTable};
@@ -8,27 +9,43 @@ use crate::lanes::Lanes;
 use crate::norm::{TASK_ELEMENTS, rms_scale};
 use crate::rows::RowsMut;
 
+/// Positions of one stretch of the tables.
+const STRETCH: usize = 1024;
+
 /// Cosines and sines of the rotary embedding (Su et al. 2021, "RoFormer"), halves paired: `(i, i + rotary_dim / 2)`.
 pub struct Rotary {
     head_dim: usize,
     half: usize,
     positions: usize,
-    /// `(positions, 2, half)`: cosines, then sines.
-    table: Vec<f32>,
+    frequencies: Vec<f64>,
+    /// Per stretch `(STRETCH, 2, half)`: cosines, then sines. Made when a row first falls into it: a context of a million
+    /// positions costs nothing until it is used.
+    stretches: Vec<OnceLock<Box<[f32]>>>,
 }
 
 impl Rotary {
-    /// Tables for `positions` positions, computed in f64. The first `rotary_dim` (even) of `head_dim` elements rotate.
+    /// Tables for `positions` positions, computed in f64; the first stretch of them now. The first `rotary_dim` (even) of `head_dim` elements rotate.
     pub fn new(head_dim: usize, rotary_dim: usize, theta: f64, positions: usize) -> Rotary {
         assert!(rotary_dim.is_multiple_of(2) && rotary_dim <= head_dim, "rotary_dim {rotary_dim} of {head_dim}");
         let half = rotary_dim / 2;
         let frequencies: Vec<f64> = (0..half).map(|i| theta.powf(-2.0 * i as f64 / rotary_dim as f64)).collect();
-        let mut table = Vec::with_capacity(positions * rotary_dim);
-        for position in 0..positions {
-            table.extend(frequencies.iter().map(|f| (position as f64 * f).cos() as f32));
-            table.extend(frequencies.iter().map(|f| (position as f64 * f).sin() as f32));
+        let stretches = (0..positions.div_ceil(STRETCH)).map(|_| OnceLock::new()).collect();
+        let rotary = Rotary { head_dim, half, positions, frequencies, stretches };
+        if positions > 0 {
+            rotary.stretch(0);
         }
-        Rotary { head_dim, half, positions, table }
+        rotary
+    }
+
+    fn stretch(&self, index: usize) -> &[f32] {
+        self.stretches[index].get_or_init(|| {
+            let mut table = Vec::with_capacity(STRETCH * 2 * self.half);
+            for position in index * STRETCH..(index + 1) * STRETCH {
+                table.extend(self.frequencies.iter().map(|f| (position as f64 * f).cos() as f32));
+                table.extend(self.frequencies.iter().map(|f| (position as f64 * f).sin() as f32));
+            }
+            table.into_boxed_slice()
+        })
     }
 
     /// Positions the tables cover.
@@ -38,7 +55,8 @@ impl Rotary {
 
     #[inline(always)]
     fn rotate(&self, head: &mut [f32], position: usize) {
-        let (cos, sin) = self.table[position * 2 * self.half..][..2 * self.half].split_at(self.half);
+        let table = self.stretch(position / STRETCH);
+        let (cos, sin) = table[position % STRETCH * 2 * self.half..][..2 * self.half].split_at(self.half);
         let (low, high) = head[..2 * self.half].split_at_mut(self.half);
         for (((low, high), &cos), &sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
             let (a, b) = (*low, *high);
@@ -164,5 +182,27 @@ unsafe fn append_column<L: Lanes>(job: &Append<'_, impl Element>, column: usize)
             }
         }
         first += count;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_stretch_has_its_own_angles_and_is_made_when_it_is_used() {
+        let rotary = Rotary::new(4, 4, 100.0, 1 << 20);
+        assert_eq!(rotary.stretches.iter().filter(|stretch| stretch.get().is_some()).count(), 1);
+        for position in [0, 1, 1023, 1024, 5000, (1 << 20) - 1] {
+            let mut head = [1.0, 2.0, 3.0, 4.0];
+            rotary.rotate(&mut head, position);
+            for (i, frequency) in [1.0f64, 0.1].into_iter().enumerate() {
+                let (sin, cos) = (position as f64 * frequency).sin_cos();
+                let (a, b) = (i as f64 + 1.0, i as f64 + 3.0);
+                assert!((f64::from(head[i]) - (a * cos - b * sin)).abs() < 1e-6, "{position}");
+                assert!((f64::from(head[i + 2]) - (b * cos + a * sin)).abs() < 1e-6, "{position}");
+            }
+        }
+        assert_eq!(rotary.stretches.iter().filter(|stretch| stretch.get().is_some()).count(), 4);
     }
 }
