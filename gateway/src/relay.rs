@@ -141,6 +141,10 @@ impl Relay {
                 Err(status) => status,
             };
             let verdict = judge(&status);
+            if verdict != Verdict::Broken {
+                // A refusal is an answer.
+                route.answered();
+            }
             if verdict == Verdict::Final {
                 return Err(forward(&status));
             }
@@ -184,7 +188,7 @@ impl Relay {
         let failed = std::mem::take(&mut self.failed);
         let fresh = |route: &Route| same(route) && !failed.iter().any(|(g, e)| *g == route.group && *e == route.epoch);
         let mut tables = self.upstream.routes.watch();
-        let now = tables.borrow_and_update().pick(fresh);
+        let now = tables.borrow_and_update().pick(Instant::now().into_std(), fresh);
         let left = self.left();
         if let (None, Some((Verdict::Busy, status)), None) = (&now, last, left) {
             return Err(forward(status));
@@ -194,7 +198,7 @@ impl Relay {
             // Whether it came or not, the table is asked again.
             let _ = timeout(REROUTE_WAIT, wait).await;
         }
-        if let Some(route) = now.or_else(|| self.upstream.routes.table().pick(fresh)) {
+        if let Some(route) = now.or_else(|| self.upstream.routes.table().pick(Instant::now().into_std(), fresh)) {
             self.failed = failed;
             return Ok(route);
         }
@@ -202,7 +206,7 @@ impl Relay {
             let wait = tables.wait_for(|table| table.routes.iter().any(|route| same(route)));
             let _ = timeout(left, wait).await;
         }
-        self.upstream.routes.table().pick(same).ok_or_else(|| {
+        self.upstream.routes.table().pick(Instant::now().into_std(), same).ok_or_else(|| {
             let message = format!("model `{}` has no ready group at present", model.name);
             rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
         })

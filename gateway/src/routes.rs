@@ -114,14 +114,17 @@ impl Table {
         models
     }
 
-    /// Among groups that `wanted` admits: one whose circuit is due for a probe, else the less loaded of two drawn
-    /// among those with a closed circuit ("power of two choices"), else of two drawn among all.
-    pub(crate) fn pick(&self, wanted: impl Fn(&Route) -> bool) -> Option<Arc<Route>> {
-        let now = Instant::now();
+    /// A group for a request, among those that `wanted` admits: one whose circuit is due for a probe, which the request
+    /// then is, else as [`Table::choose`].
+    pub(crate) fn pick(&self, now: Instant, wanted: impl Fn(&Route) -> bool) -> Option<Arc<Route>> {
+        let probe = self.routes.iter().find(|route| wanted(route) && route.circuit.probe(now));
+        probe.map(Arc::clone).or_else(|| self.choose(wanted))
+    }
+
+    /// Among groups that `wanted` admits the less loaded of two drawn among those with a closed circuit ("power of two
+    /// choices"), else of two drawn among all.
+    fn choose(&self, wanted: impl Fn(&Route) -> bool) -> Option<Arc<Route>> {
         let mut candidates: Vec<_> = self.routes.iter().filter(|route| wanted(route)).collect();
-        if let Some(probe) = candidates.iter().find(|route| route.circuit.probe(now)) {
-            return Some(Arc::clone(probe));
-        }
         if candidates.iter().any(|route| route.circuit.is_closed()) {
             candidates.retain(|route| route.circuit.is_closed());
         }
@@ -148,7 +151,7 @@ impl Table {
             }
             (name, _) => name,
         };
-        if let Some(route) = self.pick(|route| route.model.name == name) {
+        if let Some(route) = self.choose(|route| route.model.name == name) {
             return Ok(route);
         }
         if self.known.contains(name) {
@@ -256,18 +259,18 @@ mod tests {
     fn the_less_loaded_of_two_is_taken_and_own_work_counts_until_it_ends() {
         let routes = Routes::new();
         routes.replace(table(vec![route("a", "1", 5), route("a", "2", 0)]));
-        let busy = routes.table().pick(|route| route.group == "2").unwrap();
+        let busy = routes.table().choose(|route| route.group == "2").unwrap();
         let lease = busy.lease(100);
         // The counts carry over to later tables.
         routes.replace(table(vec![route("a", "2", 0), route("a", "1", 5)]));
         let count = |group: &str| {
-            (0..400).filter(|_| routes.table().pick(|_| true).is_some_and(|route| route.group == group)).count()
+            (0..400).filter(|_| routes.table().choose(|_| true).is_some_and(|route| route.group == group)).count()
         };
         // The busier one is taken only when both draws give it.
         assert!((40..160).contains(&count("2")));
         drop(lease);
         assert!(count("2") > 240);
-        assert!(routes.table().pick(|_| false).is_none());
+        assert!(routes.table().choose(|_| false).is_none());
     }
 
     #[test]
@@ -275,16 +278,29 @@ mod tests {
         let routes = Routes::new();
         routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
         let taken = |group: &str| {
-            (0..100).filter(|_| routes.table().pick(|_| true).is_some_and(|route| route.group == group)).count()
+            (0..100).filter(|_| routes.table().choose(|_| true).is_some_and(|route| route.group == group)).count()
         };
-        routes.table().pick(|route| route.group == "1").unwrap().broke();
+        routes.table().choose(|route| route.group == "1").unwrap().broke();
         assert_eq!(taken("1"), 0);
         assert_eq!(routes.table().models()[0].ready_groups, 1);
         // The same incarnation stays what it was, and is better than none.
         routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
         assert_eq!(taken("1"), 0);
-        assert!(routes.table().pick(|route| route.group == "1").is_some());
+        assert!(routes.table().choose(|route| route.group == "1").is_some());
         routes.replace(table(vec![v1::Route { epoch: 2, ..route("a", "1", 0) }, route("a", "2", 0)]));
         assert!(taken("1") > 0);
+    }
+
+    #[test]
+    fn only_a_request_probes_a_group_that_broke() {
+        let routes = Routes::new();
+        routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
+        let table = routes.table();
+        table.choose(|route| route.group == "1").unwrap().broke();
+        let later = Instant::now() + Duration::from_secs(1);
+        // Whoever looks the model up sends nothing there.
+        (0..100).for_each(|_| assert_eq!(table.model("a").unwrap().group, "2"));
+        assert_eq!(table.pick(later, |_| true).unwrap().group, "1");
+        (0..100).for_each(|_| assert_eq!(table.pick(later, |_| true).unwrap().group, "2"));
     }
 }
