@@ -90,6 +90,10 @@ fn what_cannot_be_edited_is_refused_with_every_reason() {
     for part in ["draft: its lists must have max_tokens (3)", "draft.fixed: ", "policy: must be joint_edit"] {
         assert!(text.contains(part), "{text}");
     }
+    let mut autoregressive = request(draft());
+    autoregressive.settings.policy = Policy::Autoregressive;
+    let Err(Refusal::Invalid(found)) = engine.submit(autoregressive) else { panic!() };
+    assert!(found.iter().any(|invalid| invalid.field == "policy"), "{found:?}");
     let mut engine = Engine::new(model("tests/golden/sdar"), Limits::default());
     assert!(matches!(engine.submit(request(draft())), Err(Refusal::Invalid(_))), "not trained to edit");
     let mut engine = Engine::new(model("tests/golden/llada"), Limits::default());

@@ -46,6 +46,7 @@ pub(super) fn check(request: &Request, config: &ModelConfig, limits: &Limits) ->
         format!("holds {} ids, at most {STOP_IDS_MAX} are taken", settings.stop_ids.len()),
     );
     check_decoding(request, config, limits, &mut found);
+    check_draft(request, config, &mut found);
     if !found.is_empty() {
         return Err(Refusal::Invalid(found));
     }
@@ -119,7 +120,6 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
     }
     found.extend(settings.policy.violations(size.max(1)));
     check_manner(request, config, found);
-    check_draft(request, config, found);
 }
 
 /// A text to edit.
