@@ -107,7 +107,7 @@ fn run(engine: &mut Engine, request: &RawDecode, prepared: &Prepared) -> Result<
 }
 
 fn outcome(request: &RawDecode, prepared: &Prepared, traces: Vec<BlockTrace>) -> RawOutcome {
-    let (kind, asked) = (request.loop_kind, prepared.asked as usize);
+    let (kind, asked) = (request.loop_kind, prepared.settings.max_tokens as usize);
     let prompt_len = request.prompt.len() as u32;
     let mut output_ids: Vec<u32> = Vec::new();
     let (mut commits, mut edits) = (Vec::new(), Vec::new());

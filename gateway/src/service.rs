@@ -174,9 +174,10 @@ impl Service {
         let route = self.upstream.routes.table().model(&request.model)?;
         let valid = edit::validate(request, &route.model).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
-        let edit::Valid { pieces, mut settings, priority } = valid.clone();
+        let bytes = valid.text_bytes();
+        let edit::Valid { pieces, mut settings, priority } = valid;
         let encoder = Arc::clone(&tokenizer);
-        let draft = self.blocking(valid.text_bytes(), move || edit::encode(&encoder, &pieces)).await?;
+        let draft = self.blocking(bytes, move || edit::encode(&encoder, &pieces)).await?;
         let draft = draft.map_err(|error| refused("spans", &error))?;
         let (tokens, most) = (draft.token_ids.len(), route.model.context_length);
         if tokens == 0 || tokens > most as usize {

@@ -14,6 +14,8 @@ pub(super) struct Names {
     pub(super) k_norm: &'static str,
     pub(super) out: &'static str,
     pub(super) ffn_norm: &'static str,
+    /// Before the names of the feed-forward part.
+    mlp: &'static str,
     pub(super) gate: &'static str,
     pub(super) up: &'static str,
     pub(super) down: &'static str,
@@ -40,6 +42,7 @@ pub(super) const LLAMA: Names = Names {
     k_norm: "self_attn.k_norm",
     out: "self_attn.o_proj",
     ffn_norm: "post_attention_layernorm",
+    mlp: "mlp.",
     gate: "gate_proj",
     up: "up_proj",
     down: "down_proj",
@@ -55,6 +58,7 @@ pub(super) const OLMO: Names = Names {
     projections: Projections::Split(["q_proj", "k_proj", "v_proj"]),
     out: "attn_out",
     ffn_norm: "ff_norm",
+    mlp: "",
     gate: "ff_proj",
     up: "up_proj",
     down: "ff_out",
@@ -72,33 +76,28 @@ pub(super) const LING: Names = Names {
 };
 
 impl Names {
-    /// Where the feed-forward part of a layer is, of schemes that give it a name of its own.
-    fn mlp(&self) -> &'static str {
-        if *self == OLMO { "" } else { "mlp." }
-    }
-
     /// `gate`, `up` or `down` of a layer's dense part.
     pub(super) fn dense(&self, name: &str) -> String {
-        format!("{}{name}", self.mlp())
+        format!("{}{name}", self.mlp)
     }
 
     /// The same of the experts that every row goes to.
     pub(super) fn shared(&self, name: &str) -> String {
-        format!("{}shared_experts.{name}", self.mlp())
+        format!("{}shared_experts.{name}", self.mlp)
     }
 
     /// The same of one expert.
     pub(super) fn expert(&self, expert: u32, name: &str) -> String {
-        format!("{}experts.{expert}.{name}", self.mlp())
+        format!("{}experts.{expert}.{name}", self.mlp)
     }
 
     /// The router.
     pub(super) fn router(&self) -> String {
-        format!("{}gate", self.mlp())
+        format!("{}gate", self.mlp)
     }
 
     /// What is added to a router's scores for the choice; a whole name.
     pub(super) fn expert_bias(&self) -> String {
-        format!("{}gate.expert_bias", self.mlp())
+        format!("{}gate.expert_bias", self.mlp)
     }
 }

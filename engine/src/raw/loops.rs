@@ -165,8 +165,6 @@ pub(super) struct Prepared {
     pub(super) settings: Settings,
     /// Tokens that end the answer, whether or not they end the decode.
     pub(super) stops: Vec<u32>,
-    /// Most tokens of the answer; a loop may decode more.
-    pub(super) asked: u32,
     /// A block is never left after its first pass (LLaDA with a cache).
     pub(super) idles: bool,
 }
@@ -231,7 +229,7 @@ pub(super) fn prepare(model: &Model, kind: LoopKind, p: &Parameters, prompt_len:
         manner: Manner { ends: Some(ends), ..manner(kind, p)? },
     };
     let idles = kind == LoopKind::Llada && settings.manner.cache != Cache::None;
-    Ok(Prepared { settings, stops, asked: max_tokens, idles })
+    Ok(Prepared { settings, stops, idles })
 }
 
 /// What parameters may only repeat.
