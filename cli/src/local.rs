@@ -135,7 +135,7 @@ impl Cluster {
         let ended = stops[1].clone().cancelled_owned();
         services.spawn(named("worker", unmask_worker::run(config, worker, ended)));
         let config = unmask_gateway::Config::new(Controllers::one(addresses.1));
-        let sockets = unmask_gateway::Listeners { grpc: gateway, http };
+        let sockets = unmask_gateway::Listeners { grpc: gateway.into(), http };
         let ended = stops[0].clone().cancelled_owned();
         services.spawn(named("gateway", unmask_gateway::run(config, sockets, ended)));
         let (gateway, controller, worker) = addresses;

@@ -33,7 +33,7 @@ pub fn gateway(args: GatewayArgs) -> anyhow::Result<ExitCode> {
         if let Some(http) = &http {
             output::note(&format!("HTTP on http://{}/v1", http.local_addr()?));
         }
-        unmask_gateway::run(config, Listeners { grpc, http }, stop.cancelled_owned()).await?;
+        unmask_gateway::run(config, Listeners { grpc: grpc.into(), http }, stop.cancelled_owned()).await?;
         anyhow::Ok(())
     })
 }

@@ -32,11 +32,10 @@ use crate::service::Service;
 use std::future::Future;
 use std::time::Duration;
 use thiserror::Error;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use unmask_proto::network::Incoming;
 use unmask_proto::v1::admin_service_server::AdminServiceServer;
 use unmask_proto::v1::controller_service_server::ControllerServiceServer;
 
@@ -75,13 +74,14 @@ pub enum ControllerError {
 /// listener fails.
 pub async fn run(
     config: Config,
-    listener: TcpListener,
+    incoming: impl Into<Incoming>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
+    let incoming = incoming.into();
     let store = store::open(&config.store).await?;
     let address = match &config.advertise {
         Some(address) => address.clone(),
-        None => match listener.local_addr().map_err(ControllerError::Address)? {
+        None => match incoming.local_addr().map_err(ControllerError::Address)? {
             address if address.ip().is_unspecified() => return Err(ControllerError::NoAddress(address)),
             address => address.to_string(),
         },
@@ -102,10 +102,7 @@ pub async fn run(
         .add_service(health)
         .add_service(service)
         .add_service(admin)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            stop.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
     tokio::pin!(server, shutdown, leading);
     let mut led = None;
     let served = tokio::select! {

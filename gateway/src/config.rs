@@ -5,6 +5,7 @@ use serde::Deserialize;
 use std::time::Duration;
 use thiserror::Error;
 use unmask_proto::controllers::Controllers;
+use unmask_proto::network::Network;
 
 /// Most Generate streams at once, when nothing else is configured.
 pub const STREAMS_MAX: usize = 512;
@@ -47,6 +48,8 @@ pub struct RawConfig {
 pub struct Config {
     /// The controller's replicas.
     pub controllers: Controllers,
+    /// The way to them and to workers.
+    pub network: Network,
     /// host:port of the HTTP interface, for whoever binds its socket: see [`crate::Listeners`].
     pub http: Option<String>,
     /// Name of this gateway in the controller's logs.
@@ -73,6 +76,7 @@ impl Config {
     pub fn new(controllers: Controllers) -> Self {
         Self {
             controllers,
+            network: Network::default(),
             http: None,
             gateway_id: uuid::Uuid::new_v4().to_string(),
             streams_max: STREAMS_MAX,

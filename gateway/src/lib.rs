@@ -51,9 +51,9 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use unmask_proto::network::Incoming;
 use unmask_proto::v1::inference_service_server::{InferenceServiceServer, SERVICE_NAME};
 
 /// Longest request (bytes).
@@ -83,14 +83,20 @@ pub enum GatewayError {
 #[derive(Debug)]
 pub struct Listeners {
     /// gRPC.
-    pub grpc: TcpListener,
+    pub grpc: Incoming,
     /// The OpenAI-compatible HTTP interface, where there is to be one.
     pub http: Option<TcpListener>,
 }
 
+impl From<Incoming> for Listeners {
+    fn from(grpc: Incoming) -> Self {
+        Self { grpc, http: None }
+    }
+}
+
 impl From<TcpListener> for Listeners {
     fn from(grpc: TcpListener) -> Self {
-        Self { grpc, http: None }
+        Incoming::from(grpc).into()
     }
 }
 
@@ -124,10 +130,7 @@ pub async fn run(
         .add_service(health)
         .add_service(reflection)
         .add_service(inference.max_decoding_message_size(MESSAGE_BYTES_MAX))
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(grpc).with_nodelay(Some(true)),
-            close.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(grpc, close.clone().cancelled_owned());
     let compatible = async {
         match http {
             Some(http) => {
@@ -138,7 +141,7 @@ pub async fn run(
         }
     };
     let serving = async { tokio::try_join!(async { server.await.map_err(GatewayError::Serve) }, compatible) };
-    let watching = watch::run(config.controllers, config.gateway_id, Arc::clone(&service.upstream.routes));
+    let watching = watch::run(config.controllers, config.network, config.gateway_id, Arc::clone(&service.upstream.routes));
     tokio::select! {
         served = serving => served.map(|_| ()),
         () = watching => Ok(()),
@@ -149,7 +152,7 @@ pub async fn run(
 
 fn service(config: &Config) -> Service {
     Service {
-        upstream: Arc::new(Upstream { routes: Arc::new(Routes::new()), workers: Workers::default() }),
+        upstream: Arc::new(Upstream { routes: Arc::new(Routes::new()), workers: Workers::new(config.network.clone()) }),
         tokenizers: Tokenizers::default(),
         streams: Arc::new(Semaphore::new(config.streams_max)),
         streams_max: config.streams_max,

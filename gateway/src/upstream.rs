@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 use tonic_types::StatusExt as _;
+use unmask_proto::network::Network;
 use unmask_proto::rich;
 use unmask_proto::v1::worker_service_client::WorkerServiceClient;
 use unmask_proto::v1::{FetchTokenizerRequest, FetchTokenizerResponse, RunRequest, RunResponse};
@@ -30,26 +31,32 @@ const FETCH_LIMIT: Duration = Duration::from_secs(20);
 const FETCH_BYTES_MAX: usize = 256 << 20;
 
 /// Connections to workers, opened on first use, kept while a route leads there.
-#[derive(Default)]
-pub(crate) struct Workers(Mutex<HashMap<String, Channel>>);
+pub(crate) struct Workers {
+    network: Network,
+    channels: Mutex<HashMap<String, Channel>>,
+}
 
 impl Workers {
+    /// Reached over `network`.
+    pub(crate) fn new(network: Network) -> Self {
+        Self { network, channels: Mutex::default() }
+    }
+
     fn client(&self, endpoint: &str, routes: &Routes) -> Result<WorkerServiceClient<Channel>, Status> {
-        let mut channels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = channels.get(endpoint) {
             return Ok(WorkerServiceClient::new(channel.clone()));
         }
         let table = routes.table();
         channels.retain(|known, _| table.routes.iter().any(|route| route.endpoint == *known));
-        let channel = Endpoint::from_shared(format!("http://{endpoint}"))
+        let dialled = Endpoint::from_shared(format!("http://{endpoint}"))
             .map_err(|error| rich::status(Code::Unavailable, "BAD_ENDPOINT", format!("`{endpoint}`: {error}")))?
             .connect_timeout(CONNECT_LIMIT)
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_LIMIT)
             .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .connect_lazy();
+            .initial_connection_window_size(CONNECTION_WINDOW);
+        let channel = self.network.channel(&dialled);
         channels.insert(endpoint.to_owned(), channel.clone());
         Ok(WorkerServiceClient::new(channel))
     }

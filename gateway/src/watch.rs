@@ -8,6 +8,7 @@ use tokio::time::{Instant, timeout};
 use tonic::transport::Endpoint;
 use tonic::{Code, Status, Streaming};
 use unmask_proto::controllers::Controllers;
+use unmask_proto::network::Network;
 use unmask_proto::rich;
 use unmask_proto::v1::controller_service_client::ControllerServiceClient;
 use unmask_proto::v1::{WatchRoutesRequest, WatchRoutesResponse};
@@ -26,14 +27,14 @@ const STABLE_AFTER: Duration = Duration::from_secs(5);
 const TABLE_BYTES_MAX: usize = 32 << 20;
 
 /// Watches for as long as it is polled.
-pub(crate) async fn run(mut controllers: Controllers, gateway_id: String, routes: Arc<Routes>) {
+pub(crate) async fn run(mut controllers: Controllers, network: Network, gateway_id: String, routes: Arc<Routes>) {
     let mut backoff = BACKOFF_MIN;
     // One redirect is followed at once; where replicas point to each other, the next waits its turn.
     let mut redirected = false;
     let mut highest_term = 0;
     loop {
         let began = Instant::now();
-        let Err(status) = follow(controllers.current(), &gateway_id, &routes, &mut highest_term).await;
+        let Err(status) = follow(&network, controllers.current(), &gateway_id, &routes, &mut highest_term).await;
         let controller = controllers.current().to_owned();
         if controllers.failed(&status) && !std::mem::replace(&mut redirected, true) {
             tracing::info!(controller, leader = controllers.current(), "another replica leads");
@@ -51,12 +52,13 @@ pub(crate) async fn run(mut controllers: Controllers, gateway_id: String, routes
 
 /// One stream, to its end.
 async fn follow(
+    network: &Network,
     controller: &str,
     gateway_id: &str,
     routes: &Routes,
     highest_term: &mut u64,
 ) -> Result<std::convert::Infallible, Status> {
-    let opened = timeout(CONNECT_LIMIT, open(controller, gateway_id)).await;
+    let opened = timeout(CONNECT_LIMIT, open(network, controller, gateway_id)).await;
     let mut tables =
         opened.map_err(|_| rich::status(Code::Unavailable, "CONTROLLER_SILENT", "no answer in time"))??;
     let mut revision = 0;
@@ -76,16 +78,19 @@ async fn follow(
     }
 }
 
-async fn open(controller: &str, gateway_id: &str) -> Result<Streaming<WatchRoutesResponse>, Status> {
+async fn open(
+    network: &Network,
+    controller: &str,
+    gateway_id: &str,
+) -> Result<Streaming<WatchRoutesResponse>, Status> {
     let endpoint = Endpoint::from_shared(format!("http://{controller}"))
         .map_err(|error| rich::status(Code::InvalidArgument, "BAD_CONTROLLER", error.to_string()))?
-        .tcp_nodelay(true)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(CONNECT_LIMIT)
         // Else a stream whose client has been dropped counts as idle, and a controller that hangs is not noticed.
         .keep_alive_while_idle(true);
-    let channel = endpoint
-        .connect()
+    let channel = network
+        .connect(&endpoint)
         .await
         .map_err(|error| rich::status(Code::Unavailable, "NO_CONTROLLER", with_sources(&error)))?;
     let mut client = ControllerServiceClient::new(channel).max_decoding_message_size(TABLE_BYTES_MAX);

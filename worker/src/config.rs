@@ -7,6 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 use unmask_engine::{Limits, LoadOptions};
 use unmask_proto::controllers::{Controllers, is_host_port};
+use unmask_proto::network::Network;
 
 /// Longest wait at shutdown for requests to finish, when nothing else is configured.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
@@ -83,6 +84,8 @@ pub struct Config {
     pub load: LoadOptions,
     /// The controller's replicas.
     pub controllers: Controllers,
+    /// The way to them.
+    pub network: Network,
     /// Stable name of this worker; `None` takes its endpoint.
     pub worker_id: Option<String>,
     /// host:port under which gateways reach it; `None` takes the address it listens on.
@@ -121,6 +124,7 @@ impl Config {
             model,
             load: LoadOptions::default(),
             controllers,
+            network: Network::default(),
             worker_id: None,
             advertise: None,
             rows_max: limits.rows_max,

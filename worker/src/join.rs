@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 use tonic::{Code, Status, Streaming};
 use unmask_proto::controllers::Controllers;
+use unmask_proto::network::Network;
 use unmask_proto::rich;
 use unmask_proto::v1::controller_service_client::ControllerServiceClient;
 use unmask_proto::v1::{
@@ -41,6 +42,7 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 /// Who joins where.
 pub(crate) struct Joiner {
     pub controllers: Controllers,
+    pub network: Network,
     pub worker_id: String,
     pub endpoint: String,
     pub model: ModelDescriptor,
@@ -128,13 +130,13 @@ impl Joiner {
     async fn open(&self) -> Result<(mpsc::Sender<JoinRequest>, Streaming<JoinResponse>), Status> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.controllers.current()))
             .map_err(|error| rich::status(Code::InvalidArgument, "BAD_CONTROLLER", error.to_string()))?
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(REPORT_INTERVAL)
             .keep_alive_timeout(CONNECT_LIMIT)
             // Else a stream whose client has been dropped counts as idle, and a controller that hangs is not noticed.
             .keep_alive_while_idle(true);
-        let channel = endpoint
-            .connect()
+        let channel = self
+            .network
+            .connect(&endpoint)
             .await
             .map_err(|error| rich::status(Code::Unavailable, "NO_CONTROLLER", with_sources(&error)))?;
         let (out, requests) = mpsc::channel(OUTBOUND_MAX);

@@ -40,16 +40,15 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use thiserror::Error;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use unmask_engine::group::CommError;
 use unmask_engine::pages::Pages;
 use unmask_engine::profile::Profile;
 use unmask_engine::request::BLOCK_SIZE_MAX;
 use unmask_engine::{Engine, Event, Limits, LoadError, Model, Request, RequestId, Settings};
+use unmask_proto::network::Incoming;
 use unmask_proto::v1::worker_service_server::WorkerServiceServer;
 
 /// Longest request (bytes): a prompt of a million ids is about 3 MiB.
@@ -109,8 +108,13 @@ pub enum WorkerError {
 ///
 /// # Errors
 /// [`WorkerError`] when model or tokenizer cannot be loaded, the settings do not fit, or the listener fails.
-pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), WorkerError> {
-    let listening = listener.local_addr().map_err(|source| WorkerError::System { action: "listening", source })?;
+pub async fn run(
+    config: Config,
+    incoming: impl Into<Incoming>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
+    let incoming = incoming.into();
+    let listening = incoming.local_addr().map_err(|source| WorkerError::System { action: "listening", source })?;
     let endpoint = config.endpoint(listening)?;
     tokio::pin!(shutdown);
     let loading = tokio::task::spawn_blocking({
@@ -125,6 +129,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     let end_join = CancellationToken::new();
     let joiner = Joiner {
         controllers: config.controllers.clone(),
+        network: config.network.clone(),
         worker_id: config.worker_id.clone().unwrap_or_else(|| endpoint.clone()),
         endpoint,
         model: descriptor::describe(&model, &tokenizer),
@@ -153,7 +158,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         }
     };
     let drain = Drain { open, runner: runner.clone(), membership, limit: config.drain_limit };
-    let served = serve(service, listener, over, drain).await;
+    let served = serve(service, incoming, over, drain).await;
     end_join.cancel();
     let followers = followers.into_iter().map(|thread| ("rank", thread));
     join_threads([("join", join_thread), ("engine", engine_thread)].into_iter().chain(followers).collect()).await;
@@ -182,7 +187,7 @@ impl Drain {
 
 async fn serve(
     service: Service,
-    listener: TcpListener,
+    incoming: Incoming,
     shutdown: impl Future<Output = ()>,
     drain: Drain,
 ) -> Result<(), WorkerError> {
@@ -196,10 +201,7 @@ async fn serve(
         .http2_keepalive_timeout(Some(PING_INTERVAL))
         .add_service(health)
         .add_service(WorkerServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX))
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            close.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(incoming, close.clone().cancelled_owned());
     tokio::pin!(server, shutdown);
     let served = tokio::select! {
         served = &mut server => served,
