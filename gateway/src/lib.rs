@@ -141,7 +141,8 @@ pub async fn run(
         }
     };
     let serving = async { tokio::try_join!(async { server.await.map_err(GatewayError::Serve) }, compatible) };
-    let watching = watch::run(config.controllers, config.network, config.gateway_id, Arc::clone(&service.upstream.routes));
+    let watching =
+        watch::run(config.controllers, config.network, config.gateway_id, Arc::clone(&service.upstream.routes));
     tokio::select! {
         served = serving => served.map(|_| ()),
         () = watching => Ok(()),

@@ -78,11 +78,7 @@ async fn follow(
     }
 }
 
-async fn open(
-    network: &Network,
-    controller: &str,
-    gateway_id: &str,
-) -> Result<Streaming<WatchRoutesResponse>, Status> {
+async fn open(network: &Network, controller: &str, gateway_id: &str) -> Result<Streaming<WatchRoutesResponse>, Status> {
     let endpoint = Endpoint::from_shared(format!("http://{controller}"))
         .map_err(|error| rich::status(Code::InvalidArgument, "BAD_CONTROLLER", error.to_string()))?
         .http2_keep_alive_interval(PING_INTERVAL)
