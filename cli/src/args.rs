@@ -87,6 +87,9 @@ pub enum Command {
     /// Look at a cluster: workers, groups, epochs, load, policies
     #[command(after_help = "Example:\n  unmask status --controller 127.0.0.1:7701")]
     Status(crate::control::StatusArgs),
+    /// Say what is wanted of a model: workers of the pool become groups that serve it
+    #[command(after_help = crate::apply::EXAMPLES)]
+    Apply(crate::apply::ApplyArgs),
     /// Make a worker finish what it holds and leave
     #[command(after_help = "Example:\n  unmask drain 127.0.0.1:7702 --controller 127.0.0.1:7701")]
     Drain(crate::control::DrainArgs),
@@ -302,6 +305,9 @@ pub struct WorkerArgs {
     /// host:port of every rank, where ranks are processes: this worker's first, the others run `unmask rank`
     #[arg(long, value_delimiter = ',', value_name = "ADDRESSES")]
     pub rank_addresses: Option<Vec<String>>,
+    /// Bring no model: serve what `unmask apply` wants
+    #[command(flatten)]
+    pub pool: crate::service::PoolArgs,
     /// What the checkpoint does not say
     #[command(flatten)]
     pub overrides: OverrideArgs,

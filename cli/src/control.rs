@@ -1,7 +1,7 @@
 //! `unmask status`, `drain`, `policy get`, `policy set`: looking at a cluster and steering it, through its controller.
 
 use crate::local::connect;
-use crate::output;
+use crate::{apply, output};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
 use serde_json::{Value, json};
@@ -73,6 +73,9 @@ pub struct SetArgs {
     /// With --automatic: least pass rate (lower end of its 95% interval), 0 to 1; default: two points below the best
     #[arg(long, requires = "automatic")]
     pub floor: Option<f64>,
+    /// With --automatic: block sizes that may be chosen, 1 being autoregressive; all that were measured where absent
+    #[arg(long, value_delimiter = ',', requires = "automatic")]
+    pub block_sizes: Vec<u32>,
     /// The model's own settings
     #[arg(long)]
     pub defaults: bool,
@@ -87,7 +90,7 @@ pub struct SetArgs {
 type Client = AdminServiceClient<Channel>;
 
 /// Asks the replica that leads.
-async fn ask<T, F: Future<Output = Result<T, Status>>>(
+pub(crate) async fn ask<T, F: Future<Output = Result<T, Status>>>(
     mut controllers: Controllers,
     mut call: impl FnMut(Client) -> F,
 ) -> anyhow::Result<T> {
@@ -107,7 +110,7 @@ async fn ask<T, F: Future<Output = Result<T, Status>>>(
     Err(anyhow::Error::from(last)).context("no controller that leads answers (give its address with --controller)")
 }
 
-fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+pub(crate) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
@@ -160,9 +163,14 @@ pub fn set(args: &SetArgs) -> anyhow::Result<ExitCode> {
     let kind = match args.block_size {
         Some(block_size) => Kind::Fixed(FixedSettings { block_size, threshold: args.threshold }),
         None if args.defaults => Kind::ModelDefaults(ModelDefaults {}),
-        None => Kind::Automatic(Automatic { latency_ms: args.latency_ms, floor: args.floor }),
+        None => Kind::Automatic(Automatic {
+            latency_ms: args.latency_ms,
+            floor: args.floor,
+            block_sizes: args.block_sizes.clone(),
+        }),
     };
-    let request = SetPolicyRequest { model: args.model.clone(), intent: Some(PolicyIntent { kind: Some(kind) }) };
+    let intent = Some(PolicyIntent { kind: Some(kind) });
+    let request = SetPolicyRequest { model: args.model.clone(), intent };
     let answer = block_on(ask(args.at.controller.clone(), |mut client| {
         let request = request.clone();
         async move { client.set_policy(request).await.map(tonic::Response::into_inner) }
@@ -175,6 +183,8 @@ fn state(member: &Member) -> &'static str {
     match member.state() {
         WorkerState::Ready => "ready",
         WorkerState::Draining => "draining",
+        WorkerState::Spare => "spare",
+        WorkerState::Fenced => "fenced",
         WorkerState::Loading | WorkerState::Unspecified => "loading",
     }
 }
@@ -198,6 +208,9 @@ fn table(status: &GetStatusResponse) -> String {
             member.silent_ms as f64 / 1e3
         );
     }
+    if !status.models.is_empty() {
+        let _ = write!(text, "\n{}", apply::table(&status.models));
+    }
     if !status.policies.is_empty() {
         let _ = write!(text, "\n{}", policies_table(&status.policies));
     }
@@ -219,11 +232,15 @@ fn policies_table(policies: &[PolicyStatus]) -> String {
 }
 
 fn asked(policy: &PolicyStatus) -> String {
-    match policy.intent.and_then(|intent| intent.kind) {
-        Some(Kind::Automatic(Automatic { latency_ms, floor })) => {
+    match policy.intent.as_ref().and_then(|intent| intent.kind.as_ref()) {
+        Some(Kind::Automatic(Automatic { latency_ms, floor, block_sizes })) => {
             let latency = latency_ms.map_or_else(String::new, |ms| format!(", a block within {ms} ms"));
             let floor = floor.map_or_else(String::new, |floor| format!(", pass rate at least {floor}"));
-            format!("automatic{latency}{floor}")
+            let among = match block_sizes.as_slice() {
+                [] => String::new(),
+                sizes => format!(", block sizes {sizes:?}"),
+            };
+            format!("automatic{latency}{floor}{among}")
         }
         Some(Kind::Fixed(_)) => "fixed".into(),
         Some(Kind::ModelDefaults(_)) | None => "defaults".into(),
@@ -243,13 +260,18 @@ fn to_json(status: &GetStatusResponse) -> Value {
             "worker_id": member.worker_id, "group_id": member.group_id, "epoch": member.epoch,
             "endpoint": member.endpoint, "model": member.model, "state": state(member), "requests": member.requests,
             "outstanding_rows": member.outstanding_rows, "silent_ms": member.silent_ms,
-            "connected": member.connected,
+            "connected": member.connected, "rank": member.rank, "problem": member.problem,
+            "loaded_percent": member.loaded_percent,
+            "pool": member.capacity.as_ref().map(|capacity| json!({
+                "memory_bytes": capacity.memory_bytes, "zone": capacity.zone, "rank_address": capacity.rank_address,
+            })),
         })
     };
     json!({
         "term": status.term,
         "routes_revision": status.routes_revision,
         "members": status.members.iter().map(member).collect::<Vec<_>>(),
+        "models": status.models.iter().map(apply::model_json).collect::<Vec<_>>(),
         "policies": status.policies.iter().map(policy_json).collect::<Vec<_>>(),
     })
 }

@@ -6,7 +6,7 @@
 //! - [`args`]: what may be typed
 //! - [`generate`], [`edit`], [`request`], [`resume`], [`screen`]: the client
 //! - [`local`], [`up`], [`service`]: services in this process
-//! - [`control`]: looking at a cluster and steering it
+//! - [`control`], [`apply`]: looking at a cluster and steering it
 //! - [`models`]: where models are found
 //! - [`inspect`], [`raw`], [`verify`]: looking at checkpoints and comparing with other implementations
 //! - `convert`: models from and to other programs' formats (with the cargo feature `train`)
@@ -16,6 +16,7 @@
 //! - `eval`: how good a served model is (with the cargo feature `train`)
 //! - [`output`]: results on standard output, errors on standard error
 
+pub mod apply;
 pub mod args;
 pub mod bench;
 pub mod control;
@@ -80,6 +81,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(args),
         Command::Profile(args) => profile::run(&args),
         Command::Status(args) => control::status(&args),
+        Command::Apply(args) => apply::run(&args),
         Command::Drain(args) => control::drain(&args),
         Command::Policy(args) => policy::run(&args),
         #[cfg(feature = "train")]

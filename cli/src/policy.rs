@@ -83,6 +83,7 @@ pub fn run(args: &PolicyArgs) -> anyhow::Result<ExitCode> {
         context: args.context,
         latency_ms: args.latency_ms,
         floor: args.floor.unwrap_or_else(|| quality.default_floor()),
+        block_sizes: Vec::new(),
     };
     let choice = choose(&profile, &quality, &load);
     output::out(&if args.json {
@@ -156,7 +157,8 @@ fn by_speed(choice: &Choice) -> Vec<&Candidate> {
         Verdict::FewerTokens { .. } => 1,
         Verdict::TooSlow { .. } => 2,
         Verdict::BelowFloor { .. } => 3,
-        Verdict::OtherWeights => 4,
+        Verdict::NotAllowed => 4,
+        Verdict::OtherWeights => 5,
     };
     let mut sorted: Vec<&Candidate> = choice.candidates.iter().collect();
     sorted
@@ -176,6 +178,7 @@ fn why(verdict: &Verdict) -> String {
         Verdict::Chosen => "chosen".into(),
         Verdict::OtherWeights => "measured with other weights".into(),
         Verdict::BelowFloor { floor } => format!("pass rate may be below {}", percent(*floor)),
+        Verdict::NotAllowed => "block size is not allowed".into(),
         Verdict::TooSlow { latency_ms } => format!("a block takes over {latency_ms} ms"),
         Verdict::FewerTokens { .. } => "fewer tokens/s".into(),
     }

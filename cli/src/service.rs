@@ -50,6 +50,29 @@ pub fn controller(args: ControllerArgs) -> anyhow::Result<ExitCode> {
     serve(&args.listen, "controller", |listener, stop| unmask_controller::run(config, listener, stop.cancelled_owned()))
 }
 
+/// Who a worker is, and what one of the pool offers.
+#[derive(Debug, Args)]
+pub struct PoolArgs {
+    /// Stable name of this worker; the address it is reached at where absent
+    #[arg(long)]
+    pub worker_id: Option<String>,
+    /// Bring no model, but place for one rank of whatever is wanted (unmask apply)
+    #[arg(long, conflicts_with_all = ["model", "tensor_parallel", "rank_addresses"])]
+    pub pool: bool,
+    /// With --pool: memory for weights, keys and values, as 16GiB; this machine's where absent
+    #[arg(long, requires = "pool", value_parser = crate::apply::parse_bytes)]
+    pub memory: Option<u64>,
+    /// With --pool: ranks of a group share a zone
+    #[arg(long, requires = "pool")]
+    pub zone: Option<String>,
+    /// With --pool: host:port to listen on for other ranks; a free port where absent
+    #[arg(long, requires = "pool")]
+    pub rank_listen: Option<String>,
+    /// With --pool: host:port at which other ranks reach this worker; the address it listens on where absent
+    #[arg(long, requires = "pool")]
+    pub rank_advertise: Option<String>,
+}
+
 /// Runs a worker until it is told to stop.
 ///
 /// # Errors
@@ -57,9 +80,16 @@ pub fn controller(args: ControllerArgs) -> anyhow::Result<ExitCode> {
 pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     let mut raw: unmask_worker::RawConfig = read(args.config.as_deref())?;
     raw.controller = args.controller.or(raw.controller);
-    if let Some(name) = &args.model {
+    raw.worker_id = args.pool.worker_id.or(raw.worker_id);
+    if args.pool.pool {
+        let pool = raw.pool.get_or_insert_default();
+        pool.memory_bytes = args.pool.memory.or(pool.memory_bytes);
+        pool.zone = args.pool.zone.or(pool.zone.take());
+        pool.rank_listen = args.pool.rank_listen.or(pool.rank_listen.take());
+        pool.rank_advertise = args.pool.rank_advertise.or(pool.rank_advertise.take());
+    } else if let Some(name) = &args.model {
         raw.model = Some(models::find(Some(name))?);
-    } else if raw.model.is_none() {
+    } else if raw.model.is_none() && raw.pool.is_none() {
         raw.model = Some(models::find(None)?);
     }
     raw.threads = args.threads.or(raw.threads);

@@ -14,7 +14,7 @@ use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
 use unmask_proto::v1::{Decoding, GenerateRequest, ListModelsRequest};
-use unmask_worker::{Ranks, WorkerError};
+use unmask_worker::{Ranks, Role, WorkerError};
 
 /// Bounds every wait: far beyond what anything takes.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -77,10 +77,10 @@ async fn start() -> Group {
     let controlling = tokio::spawn(async move { unmask_controller::run(config, controller, never()).await.unwrap() });
     let config = unmask_gateway::Config::new(control.clone());
     let gating = tokio::spawn(async move { unmask_gateway::run(config, gateway, never()).await.unwrap() });
-    let mut config = unmask_worker::Config::new(model(), control);
+    let ranks = Ranks::Processes { addresses, epoch: 1 };
+    let mut config = unmask_worker::Config::of(Role::Model { dir: model(), ranks }, control);
     config.load.dtype = Dtype::Bf16.weights();
     config.load.threads = 1;
-    config.ranks = Ranks::Processes { addresses, epoch: 1 };
     let worker = tokio::spawn(unmask_worker::run(config, worker, never()));
     let mut client = unmask::local::gateway(&public.to_string()).unwrap();
     let ready = async {

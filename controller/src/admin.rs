@@ -1,5 +1,9 @@
 //! What people ask of a controller: messages to what `core` knows, and back.
 
+mod desired;
+
+pub(crate) use desired::read as read_desired;
+
 use crate::core::settings::{Intent, ModelSettings, Setting, Settings};
 use crate::core::{Event, Readiness, State};
 use std::time::Duration;
@@ -28,16 +32,22 @@ pub(crate) fn status(state: &State, term: u64, now: Duration) -> GetStatusRespon
             Readiness::Loading => WorkerState::Loading,
             Readiness::Ready => WorkerState::Ready,
             Readiness::Draining => WorkerState::Draining,
+            Readiness::Spare => WorkerState::Spare,
+            Readiness::Fenced => WorkerState::Fenced,
         }
         .into(),
         outstanding_rows: member.outstanding_rows,
         requests: member.requests,
         silent_ms: now.saturating_sub(member.heard).as_millis() as u64,
         connected: member.stream.is_some(),
+        capacity: member.capacity.clone(),
+        rank: state.rank_of(worker_id),
+        problem: member.problem.clone(),
+        loaded_percent: member.loaded_percent,
     };
     let policy = |(model, settings): (&String, &ModelSettings)| PolicyStatus {
         model: model.clone(),
-        intent: Some(to_message(settings.intent)),
+        intent: Some(to_message(&settings.intent)),
         current: in_force(model, settings),
         concurrency: settings.concurrency,
         why: settings.why.clone(),
@@ -47,6 +57,7 @@ pub(crate) fn status(state: &State, term: u64, now: Duration) -> GetStatusRespon
         routes_revision: state.routes_revision(),
         members: state.members().iter().map(member).collect(),
         policies: state.settings().iter().map(policy).collect(),
+        models: desired::models(state),
     }
 }
 
@@ -65,11 +76,13 @@ fn in_force(model: &str, settings: &ModelSettings) -> Option<ModelPolicy> {
     Some(ModelPolicy { model: model.to_owned(), revision, block_size, policy })
 }
 
-fn to_message(intent: Intent) -> PolicyIntent {
-    let kind = match intent {
+pub(crate) fn to_message(intent: &Intent) -> PolicyIntent {
+    let kind = match intent.clone() {
         Intent::ModelDefaults => Kind::ModelDefaults(ModelDefaults {}),
         Intent::Fixed(Setting { block_size, threshold }) => Kind::Fixed(FixedSettings { block_size, threshold }),
-        Intent::Automatic { latency_ms, floor } => Kind::Automatic(Automatic { latency_ms, floor }),
+        Intent::Automatic { latency_ms, floor, block_sizes } => {
+            Kind::Automatic(Automatic { latency_ms, floor, block_sizes })
+        }
     };
     PolicyIntent { kind: Some(kind) }
 }
@@ -86,7 +99,13 @@ pub(crate) fn read(request: SetPolicyRequest) -> Result<Event, Status> {
         }
     };
     require(!request.model.is_empty(), "model", "is missing");
-    let intent = match request.intent.and_then(|intent| intent.kind) {
+    let intent = read_intent(request.intent, &mut require);
+    if found.is_empty() { Ok(Event::SetPolicy(request.model, intent)) } else { Err(rich::invalid(&found)) }
+}
+
+/// Reads how settings are to come about; what is wrong goes to `require` with its field.
+pub(crate) fn read_intent(intent: Option<PolicyIntent>, require: &mut impl FnMut(bool, &str, &str)) -> Intent {
+    match intent.and_then(|intent| intent.kind) {
         None => {
             require(false, "intent", "is missing: give model_defaults, fixed or automatic");
             Intent::ModelDefaults
@@ -101,15 +120,17 @@ pub(crate) fn read(request: SetPolicyRequest) -> Result<Event, Status> {
             require(alone, "intent.fixed", "autoregressive has block_size 1 and no threshold, blocks have both");
             Intent::Fixed(Setting { block_size, threshold })
         }
-        Some(Kind::Automatic(Automatic { latency_ms, floor })) => {
+        Some(Kind::Automatic(Automatic { latency_ms, floor, block_sizes })) => {
             let latency = latency_ms.is_none_or(|ms| ms > 0.0 && ms <= LATENCY_MS_MAX);
             require(latency, "intent.automatic.latency_ms", "must be above 0 and at most an hour");
             let share = floor.is_none_or(|floor| (0.0..=1.0).contains(&floor));
             require(share, "intent.automatic.floor", "must be from 0 to 1");
-            Intent::Automatic { latency_ms, floor }
+            let sizes = block_sizes.len() <= BLOCK_SIZE_MAX as usize
+                && block_sizes.iter().all(|size| (1..=BLOCK_SIZE_MAX).contains(size));
+            require(sizes, "intent.automatic.block_sizes", "must be from 1 to 256");
+            Intent::Automatic { latency_ms, floor, block_sizes }
         }
-    };
-    if found.is_empty() { Ok(Event::SetPolicy(request.model, intent)) } else { Err(rich::invalid(&found)) }
+    }
 }
 
 /// Whether what is asked for can be done at present.
@@ -166,16 +187,16 @@ mod tests {
             Kind::ModelDefaults(ModelDefaults {}),
             Kind::Fixed(FixedSettings { block_size: 8, threshold: Some(0.9) }),
             Kind::Fixed(FixedSettings { block_size: 1, threshold: None }),
-            Kind::Automatic(Automatic { latency_ms: Some(20.0), floor: None }),
+            Kind::Automatic(Automatic { latency_ms: Some(20.0), floor: None, block_sizes: vec![4, 8] }),
         ];
         for kind in good {
-            let Event::SetPolicy(model, intent) = read(request(kind)).unwrap() else { panic!("another event") };
-            assert_eq!((model.as_str(), to_message(intent).kind), ("m", Some(kind)));
+            let Event::SetPolicy(model, intent) = read(request(kind.clone())).unwrap() else { panic!("another event") };
+            assert_eq!((model.as_str(), to_message(&intent).kind), ("m", Some(kind)));
         }
         let bad = [
             (Kind::Fixed(FixedSettings { block_size: 0, threshold: Some(2.0) }), "block_size"),
             (Kind::Fixed(FixedSettings { block_size: 8, threshold: None }), "intent.fixed"),
-            (Kind::Automatic(Automatic { latency_ms: Some(0.0), floor: Some(2.0) }), "floor"),
+            (Kind::Automatic(Automatic { latency_ms: Some(0.0), floor: Some(2.0), block_sizes: vec![] }), "floor"),
         ];
         for (kind, field) in bad {
             assert!(read(request(kind)).unwrap_err().message().contains(field), "{field}");

@@ -1,10 +1,14 @@
-//! What the controller keeps in the store: the epoch floor, the groups, and how models' settings come about.
+//! What the controller keeps in the store: the epoch floor, the groups, what is wanted of models, where their groups are, and
+//! how models' settings come about.
 //!
 //! Every write needs leadership still: those of a controller that was paused or cut off for too long fail.
 
+use crate::core::groups::{Desired, Placed, Source};
 use crate::core::settings::{Intent, ModelSettings, Settings};
 use crate::core::{Fact, Group};
+use crate::placement::{Device, Slot};
 use crate::store::{Entry, Expected, Guard, Put, Revision, Store, StoreError};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -12,6 +16,8 @@ use std::time::Duration;
 const EPOCH_FLOOR: &str = "controller/epoch_floor";
 const GROUPS: &str = "groups/";
 const SETTINGS: &str = "settings/";
+const DESIRED: &str = "desired/";
+const PLACED: &str = "placed/";
 
 /// Tries of a write, and the pause after one that the store did not answer.
 const WRITE_TRIES: usize = 3;
@@ -26,6 +32,10 @@ pub(crate) struct Recovered {
     pub groups: BTreeMap<String, Group>,
     /// By model.
     pub settings: Settings,
+    /// What is wanted, by model, and of which revision.
+    pub desired: BTreeMap<String, (Desired, u64)>,
+    /// Where groups of the pool were.
+    pub placed: BTreeMap<Slot, Placed>,
 }
 
 /// A group's value in the store.
@@ -42,6 +52,26 @@ struct StoredSettings {
     revision: u64,
 }
 
+/// What is wanted of a model, in the store.
+#[derive(Serialize, Deserialize)]
+struct StoredDesired {
+    #[serde(flatten)]
+    desired: Desired,
+    revision: u64,
+}
+
+/// A group of the pool in the store.
+#[derive(Serialize, Deserialize)]
+struct StoredPlaced {
+    #[serde(flatten)]
+    slot: Slot,
+    #[serde(flatten)]
+    source: Source,
+    epoch: u64,
+    /// Workers by rank, and what they had.
+    ranks: Vec<(String, Device)>,
+}
+
 /// The store as its leader writes it, with the revisions it last saw.
 pub(crate) struct Ledger<S> {
     store: S,
@@ -55,6 +85,8 @@ impl<S: Store> Ledger<S> {
         let floor = store.get(EPOCH_FLOOR).await?;
         let groups = store.range(GROUPS).await?.entries;
         let settings = store.range(SETTINGS).await?.entries;
+        let desired = store.range(DESIRED).await?.entries;
+        let placed = store.range(PLACED).await?.entries;
         let mut ledger = Self { store, leadership, revisions: HashMap::new() };
         if let Some(entry) = &floor {
             ledger.revisions.insert(EPOCH_FLOOR.to_owned(), entry.revision);
@@ -65,10 +97,19 @@ impl<S: Store> Ledger<S> {
             ledger.revisions.insert(key, entry.revision);
         }
         for (key, entry) in settings {
-            let stored: StoredSettings = serde_json::from_slice(&entry.value)
-                .map_err(|error| StoreError::Value { key: key.clone(), why: error.to_string() })?;
+            let stored: StoredSettings = value(&key, &entry)?;
             let settings = ModelSettings::stored(stored.intent, stored.revision);
             recovered.settings.insert(key[SETTINGS.len()..].to_owned(), settings);
+            ledger.revisions.insert(key, entry.revision);
+        }
+        for (key, entry) in desired {
+            let StoredDesired { desired, revision } = value(&key, &entry)?;
+            recovered.desired.insert(key[DESIRED.len()..].to_owned(), (desired, revision));
+            ledger.revisions.insert(key, entry.revision);
+        }
+        for (key, entry) in placed {
+            let StoredPlaced { slot, source, epoch, ranks } = value(&key, &entry)?;
+            recovered.placed.insert(slot, Placed::stored(epoch, ranks, source));
             ledger.revisions.insert(key, entry.revision);
         }
         Ok((ledger, recovered))
@@ -88,14 +129,28 @@ impl<S: Store> Ledger<S> {
                 self.write(&format!("{GROUPS}{worker_id}"), Some(stored.unwrap_or_default())).await
             }
             Fact::Settings { model, intent, revision } => {
-                let stored = serde_json::to_string(&StoredSettings { intent: *intent, revision: *revision });
+                let stored = serde_json::to_string(&StoredSettings { intent: intent.clone(), revision: *revision });
                 self.write(&format!("{SETTINGS}{model}"), Some(stored.unwrap_or_default())).await
             }
-            Fact::NoGroup { worker_id } => {
-                let key = format!("{GROUPS}{worker_id}");
-                if self.revisions.contains_key(&key) { self.write(&key, None).await } else { Ok(()) }
+            Fact::NoGroup { worker_id } => self.delete(&format!("{GROUPS}{worker_id}")).await,
+            Fact::Desired { model, desired: None, .. } => self.delete(&format!("{DESIRED}{model}")).await,
+            Fact::Desired { model, desired: Some(desired), revision } => {
+                let stored = StoredDesired { desired: desired.clone(), revision: *revision };
+                let stored = serde_json::to_string(&stored).unwrap_or_default();
+                self.write(&format!("{DESIRED}{model}"), Some(stored)).await
+            }
+            Fact::Placed { slot, group: None } => self.delete(&placed_key(slot)).await,
+            Fact::Placed { slot, group: Some(Placed { epoch, ranks, source, .. }) } => {
+                let (slot, source, ranks) = (slot.clone(), source.clone(), ranks.clone());
+                let key = placed_key(&slot);
+                let stored = serde_json::to_string(&StoredPlaced { slot, source, epoch: *epoch, ranks });
+                self.write(&key, Some(stored.unwrap_or_default())).await
             }
         }
+    }
+
+    async fn delete(&mut self, key: &str) -> Result<(), StoreError> {
+        if self.revisions.contains_key(key) { self.write(key, None).await } else { Ok(()) }
     }
 
     /// Only a leader writes. So a write that failed in between may be made again, and what is then not as expected is
@@ -139,6 +194,15 @@ impl<S: Store> Ledger<S> {
     }
 }
 
+fn placed_key(slot: &Slot) -> String {
+    format!("{PLACED}{}/{}", slot.model, slot.replica)
+}
+
+fn value<T: DeserializeOwned>(key: &str, entry: &Entry) -> Result<T, StoreError> {
+    serde_json::from_slice(&entry.value)
+        .map_err(|error| StoreError::Value { key: key.to_owned(), why: error.to_string() })
+}
+
 /// The value of a group. Earlier versions stored its name alone.
 fn group(key: &str, entry: &Entry) -> Result<Group, StoreError> {
     let wrong = |why: String| StoreError::Value { key: key.to_owned(), why };
@@ -178,9 +242,25 @@ mod tests {
         assert_eq!(recovered.epoch_floor, 0);
         let group = |id: &str| Group { id: format!("group-{id}"), epoch: 7 };
         let fact = |id: &str| Fact::Group { worker_id: id.into(), group: group(id) };
-        let intent = Intent::Automatic { latency_ms: Some(20.0), floor: None };
-        let settings = Fact::Settings { model: "m".into(), intent, revision: 4 };
-        for fact in [fact("a"), fact("b"), Fact::EpochFloor(1), Fact::EpochFloor(7), settings] {
+        let intent = Intent::Automatic { latency_ms: Some(20.0), floor: None, block_sizes: vec![4] };
+        let settings = Fact::Settings { model: "m".into(), intent: intent.clone(), revision: 4 };
+        let source = Source { path: "/m".into(), dtype: "bf16".into() };
+        let wanted = Desired {
+            source: source.clone(),
+            replicas: 2,
+            tensor_parallel: 1,
+            spares: 1,
+            memory_bytes: 5,
+            policy: Some(intent.clone()),
+        };
+        let desired = Fact::Desired { model: "m".into(), desired: Some(wanted.clone()), revision: 3 };
+        let slot = |replica| Slot { model: "m".into(), replica };
+        let ranks = vec![("a".into(), Device { memory_bytes: 5, zone: "z".into() })];
+        let group_of_pool = Placed::stored(6, ranks, source);
+        let placed = |replica, group: Option<&Placed>| Fact::Placed { slot: slot(replica), group: group.cloned() };
+        let pooled = [desired, placed(0, Some(&group_of_pool)), placed(1, Some(&group_of_pool)), placed(1, None)];
+        let own = [fact("a"), fact("b"), Fact::EpochFloor(1), Fact::EpochFloor(7), settings];
+        for fact in own.into_iter().chain(pooled) {
             ledger.record(&fact).await.unwrap();
         }
         for _ in 0..2 {
@@ -191,7 +271,9 @@ mod tests {
         assert!(ledger.term() > term);
         assert_eq!(recovered.epoch_floor, 7);
         assert_eq!(recovered.groups, BTreeMap::from([("a".into(), group("a"))]));
-        assert_eq!((recovered.settings["m"].intent, recovered.settings["m"].revision), (intent, 4));
+        assert_eq!((&recovered.settings["m"].intent, recovered.settings["m"].revision), (&intent, 4));
+        assert_eq!(recovered.desired, BTreeMap::from([("m".to_owned(), (wanted, 3))]));
+        assert_eq!(recovered.placed, BTreeMap::from([(slot(0), group_of_pool)]));
     }
 
     #[test]

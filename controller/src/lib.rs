@@ -5,6 +5,7 @@
 //!
 //! Modules in reading order:
 //! - [`core`]: `decide(state, event, now) -> actions`, pure
+//! - [`placement`]: which worker is which rank of which group, pure
 //! - [`policy`]: block size and threshold from measured step times and quality, pure
 //! - [`config`]: raw and validated settings
 //! - [`store`]: the store trait, a folder, etcd
@@ -19,6 +20,7 @@ pub mod config;
 pub mod core;
 mod lead;
 mod ledger;
+pub mod placement;
 pub mod policy;
 mod service;
 mod shell;

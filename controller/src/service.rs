@@ -18,8 +18,9 @@ use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::admin_service_server::AdminService;
 use unmask_proto::v1::controller_service_server::ControllerService;
 use unmask_proto::v1::{
-    DrainRequest, DrainResponse, GetStatusRequest, GetStatusResponse, Hello, JoinRequest, JoinResponse, Report,
-    SetPolicyRequest, SetPolicyResponse, WatchRoutesRequest, WatchRoutesResponse, WorkerState, join_request,
+    ApplyRequest, ApplyResponse, DrainRequest, DrainResponse, GetStatusRequest, GetStatusResponse, Hello, JoinRequest,
+    JoinResponse, Loaded, Report, SetPolicyRequest, SetPolicyResponse, WatchRoutesRequest, WatchRoutesResponse,
+    WorkerState, join_request,
 };
 
 /// Most Join streams at once: every member, and as many that come back before their old stream is noticed.
@@ -32,6 +33,8 @@ const HELLO_LIMIT: Duration = Duration::from_secs(5);
 const ELECTION_WAIT: Duration = Duration::from_secs(1);
 /// Longest worker id, endpoint or model name (bytes).
 const NAME_BYTES_MAX: usize = 256;
+/// Longest reason of a fenced worker (characters); the rest is left out.
+const PROBLEM_CHARS_MAX: usize = 1024;
 /// When a refused caller may try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -125,6 +128,11 @@ impl AdminService for Service {
         Ok(Response::new(DrainResponse {}))
     }
 
+    async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
+        let revision = self.command(admin::read_desired(request.into_inner())?).await?;
+        Ok(Response::new(ApplyResponse { revision }))
+    }
+
     async fn set_policy(&self, request: Request<SetPolicyRequest>) -> Result<Response<SetPolicyResponse>, Status> {
         let revision = self.command(admin::read(request.into_inner())?).await?;
         Ok(Response::new(SetPolicyResponse { revision }))
@@ -195,6 +203,7 @@ async fn read_reports(
     while let Some(JoinRequest { message }) = inbound.message().await? {
         let event = match message {
             Some(join_request::Message::Report(report)) => Event::Report(stream, heartbeat(&report)?),
+            Some(join_request::Message::Loaded(loaded)) => read_loaded(stream, loaded)?,
             Some(join_request::Message::Leave(_)) => Event::Leave(stream),
             Some(join_request::Message::Hello(_)) => {
                 return Err(rich::status(Code::InvalidArgument, "SECOND_HELLO", "a stream has one Hello"));
@@ -206,12 +215,22 @@ async fn read_reports(
     Ok(())
 }
 
+fn read_loaded(stream: StreamId, loaded: Loaded) -> Result<Event, Status> {
+    let Some(model) = loaded.model.filter(|model| (1..=NAME_BYTES_MAX).contains(&model.name.len())) else {
+        return Err(rich::invalid(&[Violation::new("loaded.model.name", "is missing, or too long")]));
+    };
+    let measured = measured(&model.name, &loaded.profile_json, &loaded.quality_json);
+    Ok(Event::Loaded(stream, loaded.epoch, Box::new(model), measured))
+}
+
 fn validate(hello: Hello) -> Result<Joining, Vec<Violation>> {
     let mut found = Vec::new();
     let model = hello.model.unwrap_or_default();
-    let names =
-        [("hello.worker_id", &hello.worker_id), ("hello.endpoint", &hello.endpoint), ("hello.model.name", &model.name)];
-    for (field, value) in names {
+    let own = match &hello.capacity {
+        None => ("hello.model.name", &model.name),
+        Some(capacity) => ("hello.capacity.rank_address", &capacity.rank_address),
+    };
+    for (field, value) in [("hello.worker_id", &hello.worker_id), ("hello.endpoint", &hello.endpoint), own] {
         if value.is_empty() {
             found.push(Violation::new(field, "is missing"));
         } else if value.len() > NAME_BYTES_MAX {
@@ -226,7 +245,8 @@ fn validate(hello: Hello) -> Result<Joining, Vec<Violation>> {
         return Err(found);
     }
     let measured = measured(&hello.worker_id, &hello.profile_json, &hello.quality_json);
-    Ok(Joining { worker_id: hello.worker_id, endpoint: hello.endpoint, model, epoch: hello.epoch, measured })
+    let Hello { worker_id, endpoint, epoch, capacity, .. } = hello;
+    Ok(Joining { worker_id, endpoint, model, capacity, epoch, measured })
 }
 
 /// Measurements serve a choice; a worker whose cannot be read serves without.
@@ -244,11 +264,15 @@ fn heartbeat(report: &Report) -> Result<Heartbeat, Status> {
         WorkerState::Loading => Readiness::Loading,
         WorkerState::Ready => Readiness::Ready,
         WorkerState::Draining => Readiness::Draining,
+        WorkerState::Spare => Readiness::Spare,
+        WorkerState::Fenced => Readiness::Fenced,
         WorkerState::Unspecified => {
-            return Err(rich::invalid(&[Violation::new("report.state", "must be LOADING, READY or DRAINING")]));
+            return Err(rich::invalid(&[Violation::new("report.state", "must be said")]));
         }
     };
     let (active, outstanding_rows) = (report.active_requests, report.outstanding_rows);
     let requests = active.saturating_add(report.queued_requests);
-    Ok(Heartbeat { epoch: report.epoch, readiness, outstanding_rows, requests, active })
+    let problem = report.problem.chars().take(PROBLEM_CHARS_MAX).collect();
+    let (epoch, loaded_percent) = (report.epoch, report.loaded_percent);
+    Ok(Heartbeat { epoch, readiness, outstanding_rows, requests, active, problem, loaded_percent })
 }

@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Status};
 use unmask_proto::rich;
-use unmask_proto::v1::{Assignment, GetStatusResponse, JoinResponse, WatchRoutesResponse};
+use unmask_proto::v1::{Assignment, GetStatusResponse, JoinResponse, Seat, WatchRoutesResponse};
 
 /// Events that wait for the task; senders wait when it is full.
 const EVENTS_MAX: usize = 1024;
@@ -36,7 +36,7 @@ pub(crate) enum Input {
     Hello(StreamId, Box<Joining>, Outbound),
     /// Anything else of a stream.
     Event(Event),
-    /// What somebody asked for; answered with the revision of the settings it changed once it is stored.
+    /// What somebody asked for; answered with the revision of what it changed once it is stored.
     Command(Event, oneshot::Sender<Result<u64, Status>>),
     /// What there is.
     Status(oneshot::Sender<GetStatusResponse>),
@@ -75,8 +75,8 @@ impl<S: Store> Shell<S> {
     ) -> (Self, Handle) {
         let (sender, inputs) = mpsc::channel(EVENTS_MAX);
         let (routes, watching) = watch::channel(None);
-        let Recovered { epoch_floor, groups, settings } = recovered;
-        let state = State::new(config.member_ttl, epoch_floor, groups, settings);
+        let Recovered { epoch_floor, groups, settings, desired, placed } = recovered;
+        let state = State::new(config.member_ttl, epoch_floor, groups, settings).with_pool(desired, placed);
         let handle = Handle { inputs: sender, routes: watching, over: over.clone() };
         let streams = HashMap::new();
         (Self { state, ledger, tick: config.tick(), inputs, routes, streams, leading, over }, handle)
@@ -140,12 +140,18 @@ impl<S: Store> Shell<S> {
 
     async fn command(&mut self, event: Event, now: Duration) -> Result<u64, Status> {
         admin::check(&self.state, &event)?;
-        let model = if let Event::SetPolicy(model, _) = &event { model.clone() } else { String::new() };
+        let asked = match &event {
+            Event::SetPolicy(model, _) => Some(model.clone()),
+            _ => None,
+        };
         let actions = decide(&mut self.state, event, now);
         if !self.carry_out(actions).await {
             return Err(not_stored());
         }
-        Ok(self.state.settings().get(&model).map_or(0, |settings| settings.revision))
+        Ok(match asked {
+            Some(model) => self.state.settings().get(&model).map_or(0, |settings| settings.revision),
+            None => self.state.pool().revision,
+        })
     }
 
     /// Whether everything was stored. What cannot be stored must not be acted on, and is in memory already: the
@@ -160,7 +166,7 @@ impl<S: Store> Shell<S> {
                         return false;
                     }
                 }
-                Action::Assign { stream, group_id, epoch } => self.assign(stream, group_id, epoch),
+                Action::Assign { stream, group_id, epoch, seat } => self.assign(stream, group_id, epoch, seat),
                 Action::Close(stream, ending) => self.close(stream, ended(ending)),
                 Action::TellToDrain(stream) => self.answer(stream, JoinResponse { drain: true, ..self.empty() }),
                 Action::PublishRoutes { revision, routes, settings } => {
@@ -178,9 +184,9 @@ impl<S: Store> Shell<S> {
         JoinResponse { term: self.ledger.term(), ..JoinResponse::default() }
     }
 
-    fn assign(&mut self, stream: StreamId, group_id: String, epoch: u64) {
+    fn assign(&mut self, stream: StreamId, group_id: String, epoch: u64, seat: Option<Seat>) {
         tracing::info!(group_id, epoch, "assigns");
-        let assignment = Some(Assignment { group_id, epoch });
+        let assignment = Some(Assignment { group_id, epoch, seat });
         self.answer(stream, JoinResponse { assignment, ..self.empty() });
     }
 

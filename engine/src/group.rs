@@ -9,7 +9,7 @@ pub mod wire;
 use crate::model::{Link, Model, Operation, Scratch};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-pub use unmask_kernels::comm::{Comm, CommError, TcpRank, threads};
+pub use unmask_kernels::comm::{AbortHandle, Comm, CommError, TcpRank, threads};
 use unmask_kernels::{Bans, Draw, KvCache, PAGE_SLOTS, PARTIAL_BYTES, Partial, Record, Row, RowTable, merge_pairwise};
 use wire::{Message, Pass, Start, encode, encode_pass};
 

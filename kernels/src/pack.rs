@@ -27,6 +27,11 @@ pub enum WeightType {
 }
 
 impl WeightType {
+    /// By lower-case name.
+    pub fn named(name: &str) -> Option<WeightType> {
+        [WeightType::F32, WeightType::Bf16, WeightType::Int8].into_iter().find(|kind| kind.name() == name)
+    }
+
     /// Lower-case name.
     pub fn name(self) -> &'static str {
         match self {

@@ -25,8 +25,10 @@ const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RawConfig {
-    /// Folder of the model.
+    /// Folder of the model, for a worker that is a group of its own.
     pub model: Option<PathBuf>,
+    /// What a worker of the pool offers; it serves what it is assigned.
+    pub pool: Option<RawPool>,
     /// host:port of the controller, or of its replicas with commas between.
     pub controller: Option<String>,
     /// Stable name of this worker; default: its endpoint.
@@ -59,6 +61,47 @@ pub struct RawConfig {
     pub epoch: Option<u64>,
 }
 
+/// What a worker of the pool offers, as written.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawPool {
+    /// Memory for weights, keys and values (bytes); default: this machine's.
+    pub memory_bytes: Option<u64>,
+    /// Ranks of a group share a zone; default: the empty one.
+    pub zone: Option<String>,
+    /// host:port to listen on for other ranks; default: a free port of the address the worker listens on.
+    pub rank_listen: Option<String>,
+    /// host:port at which other ranks reach it; default: the address it listens on for them.
+    pub rank_advertise: Option<String>,
+}
+
+/// What a worker of the pool offers: place for one rank.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pool {
+    /// Memory for weights, keys and values (bytes).
+    pub memory_bytes: u64,
+    /// Ranks of a group share a zone.
+    pub zone: String,
+    /// host:port to listen on for other ranks; `None` takes a free port of the address the worker listens on.
+    pub rank_listen: Option<String>,
+    /// host:port at which other ranks reach it; `None` takes the address it listens on for them.
+    pub rank_advertise: Option<String>,
+}
+
+/// What a worker is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// A group of its own, with the model it brings.
+    Model {
+        /// The model's folder.
+        dir: PathBuf,
+        /// The ranks that share it.
+        ranks: Ranks,
+    },
+    /// One rank of whatever it is assigned.
+    Pool(Pool),
+}
+
 /// The ranks that share a worker's model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ranks {
@@ -78,9 +121,9 @@ pub enum Ranks {
 /// Validated settings.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Folder of the model.
-    pub model: PathBuf,
-    /// How to load it.
+    /// What it is.
+    pub role: Role,
+    /// How to load a model; of the pool, all but type and share.
     pub load: LoadOptions,
     /// The controller's replicas.
     pub controllers: Controllers,
@@ -107,8 +150,6 @@ pub struct Config {
     pub stall_limit: Duration,
     /// Folder to keep measured step times in; `None` measures none.
     pub profile_dir: Option<PathBuf>,
-    /// The ranks that share the model.
-    pub ranks: Ranks,
 }
 
 /// Everything wrong with a configuration.
@@ -117,11 +158,16 @@ pub struct Config {
 pub struct ConfigError(pub Vec<String>);
 
 impl Config {
-    /// The default settings for a model and a controller.
-    pub fn new(model: PathBuf, controllers: Controllers) -> Self {
+    /// The default settings for a worker with a model of its own.
+    pub fn new(dir: PathBuf, controllers: Controllers) -> Self {
+        Self::of(Role::Model { dir, ranks: Ranks::One }, controllers)
+    }
+
+    /// The default settings of a role.
+    pub fn of(role: Role, controllers: Controllers) -> Self {
         let limits = Limits::default();
         Self {
-            model,
+            role,
             load: LoadOptions::default(),
             controllers,
             network: Network::default(),
@@ -135,7 +181,6 @@ impl Config {
             preempt_limit: PREEMPT_LIMIT,
             stall_limit: STALL_LIMIT,
             profile_dir: None,
-            ranks: Ranks::One,
         }
     }
 
@@ -164,11 +209,12 @@ impl TryFrom<RawConfig> for Config {
                 errors.push(message);
             }
         };
-        require(raw.model.is_some(), "model: is missing, give the model's folder".into());
         let controllers = Controllers::parse(&raw.controller.unwrap_or_default());
         let wrong = controllers.as_ref().err().map(|error| format!("controller: {error}"));
         require(wrong.is_none(), wrong.unwrap_or_default());
-        let mut config = Self::new(raw.model.unwrap_or_default(), controllers.unwrap_or_default());
+        let (role, problems) = role(raw.model, raw.pool, (raw.tensor_parallel, raw.rank_addresses, raw.epoch));
+        problems.into_iter().for_each(|problem| require(false, problem));
+        let mut config = Self::of(role, controllers.unwrap_or_default());
         if let Some(advertise) = &raw.advertise {
             require(is_host_port(advertise), format!("advertise: must be host:port, is `{advertise}`"));
         }
@@ -195,16 +241,54 @@ impl TryFrom<RawConfig> for Config {
         }
         config.profile_dir = raw.profile_dir.or_else(default_profile_dir);
         (config.drain_limit, config.preempt_limit, config.stall_limit) = (drain, preempt, stall);
-        match ranks(raw.tensor_parallel, raw.rank_addresses, raw.epoch) {
-            Ok(ranks) => config.ranks = ranks,
-            Err(error) => errors.push(error),
-        }
         if errors.is_empty() { Ok(config) } else { Err(ConfigError(errors)) }
     }
 }
 
+type RawRanks = (Option<usize>, Option<Vec<String>>, Option<u64>);
+
+/// Checks what the worker is; all that is wrong.
+fn role(model: Option<PathBuf>, pool: Option<RawPool>, raw: RawRanks) -> (Role, Vec<String>) {
+    let mut problems = Vec::new();
+    let shared = raw.0.is_some() || raw.1.is_some();
+    let ranks = ranks(raw).unwrap_or_else(|problem| {
+        problems.push(problem);
+        Ranks::One
+    });
+    let Some(raw) = pool else {
+        if model.is_none() {
+            problems.push("model: is missing, give the model's folder, or pool".into());
+        }
+        return (Role::Model { dir: model.unwrap_or_default(), ranks }, problems);
+    };
+    if model.is_some() {
+        problems.push("model: cannot be given with pool: a worker of the pool serves what it is assigned".into());
+    }
+    if shared {
+        problems.push("tensor_parallel: cannot be given with pool: say it of the model (unmask apply)".into());
+    }
+    for (key, address) in [("rank_listen", &raw.rank_listen), ("rank_advertise", &raw.rank_advertise)] {
+        let listens = key == "rank_listen";
+        let ok = |text: &str| is_host_port(text) || (listens && text.ends_with(":0") && text.len() > 2);
+        if let Some(bad) = address.as_deref().filter(|address| !ok(address)) {
+            problems.push(format!("pool.{key}: must be host:port, is `{bad}`"));
+        }
+    }
+    let memory_bytes = raw.memory_bytes.unwrap_or_else(total_memory);
+    let zone = raw.zone.unwrap_or_default();
+    let RawPool { rank_listen, rank_advertise, .. } = raw;
+    (Role::Pool(Pool { memory_bytes, zone, rank_listen, rank_advertise }), problems)
+}
+
+/// This machine's memory (bytes); 0 where the system does not say.
+fn total_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()).map_or(0, |kib| kib << 10)
+}
+
 /// Checks how the model is shared.
-fn ranks(threads: Option<usize>, addresses: Option<Vec<String>>, epoch: Option<u64>) -> Result<Ranks, String> {
+fn ranks((threads, addresses, epoch): RawRanks) -> Result<Ranks, String> {
     let known = |count: usize| [1, 2, 4, 8].contains(&count);
     match (threads, addresses) {
         (Some(_), Some(_)) => Err("tensor_parallel: cannot be given with rank_addresses".into()),
@@ -242,8 +326,21 @@ mod tests {
         .unwrap();
         let ConfigError(errors) = Config::try_from(raw).unwrap_err();
         let keys: Vec<_> = errors.iter().filter_map(|error| error.split(':').next()).collect();
-        assert_eq!(keys, ["model", "controller", "threads", "rows_max", "kv_bytes", "tensor_parallel"]);
+        assert_eq!(keys, ["controller", "tensor_parallel", "model", "threads", "rows_max", "kv_bytes"]);
         assert!(serde_json::from_str::<RawConfig>(r#"{"modle": "x"}"#).unwrap_err().to_string().contains("modle"));
+    }
+
+    #[test]
+    fn a_worker_of_the_pool_brings_no_model() {
+        let parse = |json: &str| Config::try_from(serde_json::from_str::<RawConfig>(json).unwrap());
+        let config = parse(r#"{"controller": "c:1", "pool": {"memory_bytes": 7, "zone": "a", "rank_listen": "h:0"}}"#);
+        let pool = Pool { memory_bytes: 7, zone: "a".into(), rank_listen: Some("h:0".into()), rank_advertise: None };
+        assert_eq!(config.unwrap().role, Role::Pool(pool));
+        let both =
+            parse(r#"{"controller": "c:1", "model": "m", "tensor_parallel": 2, "pool": {"rank_advertise": "h"}}"#);
+        let ConfigError(errors) = both.unwrap_err();
+        let keys: Vec<_> = errors.iter().filter_map(|error| error.split(':').next()).collect();
+        assert_eq!(keys, ["model", "tensor_parallel", "pool.rank_advertise"]);
     }
 
     #[test]

@@ -5,11 +5,13 @@ use crate::config::Ranks;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use unmask_engine::group::{Comm, CommError, FollowError, Pace, StepLimit, TcpRank, follow, threads};
 use unmask_engine::model::Share;
-use unmask_engine::{Engine, Limits, LoadOptions, Model};
+use unmask_engine::request::BLOCK_SIZE_MAX;
+use unmask_engine::{Engine, Event, Limits, LoadOptions, Model, Request, RequestId, Settings};
 
 /// Longest wait for all ranks of a group to load and come together.
 const FORM_LIMIT: Duration = Duration::from_secs(600);
@@ -25,6 +27,11 @@ const PROBES: usize = 3;
 pub(crate) const CANARY_INTERVAL: Duration = Duration::from_secs(2);
 /// Longest silence of rank 0 that another rank accepts.
 const IDLE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Steps the canary may take: a block's denoise passes and more.
+const CANARY_STEPS_MAX: usize = 4 * BLOCK_SIZE_MAX as usize;
+/// Groups whose addresses are given form or fail.
+static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// Before anything is measured.
 const PACE: Pace =
@@ -71,10 +78,9 @@ pub fn run_rank(config: RankConfig) -> Result<(), RankError> {
     let listener = listen(&config.addresses[rank])?;
     let load = LoadOptions { share: Share { rank, ranks }, ..config.load.clone() };
     let model = load_share(&config.model, &load)?;
-    let comm = form(&config.addresses, rank, config.epoch, &listener).map_err(lost)?;
+    let comm = form(&config.addresses, rank, config.epoch, &listener, &NEVER).map_err(lost)?;
     tracing::info!(rank, ranks, epoch = config.epoch, "the group is formed");
-    follow(model, comm, Pace { idle: IDLE_LIMIT + CANARY_INTERVAL, ..PACE })
-        .map_err(|error| RankError::Follow { rank, error })
+    follow_rank(model, comm).map_err(|error| RankError::Follow { rank, error })
 }
 
 /// The engine of a worker, and the ranks that are threads beside it.
@@ -100,27 +106,58 @@ pub(crate) fn lead(
         }
         Ranks::Processes { addresses, epoch } => {
             let listener = listen(&addresses[0])?;
-            let comm = form(addresses, 0, *epoch, &listener).map_err(WorkerError::Group)?;
+            let comm = form(addresses, 0, *epoch, &listener, &NEVER).map_err(WorkerError::Group)?;
             (Some(comm), Vec::new(), load.threads)
         }
     };
     let share = Share { rank: 0, ranks: comm.as_ref().map_or(1, Comm::ranks) };
     let model = load_share(dir, &LoadOptions { share, threads, ..load.clone() })?;
-    let limits = limits(&model);
-    let Some(comm) = comm else {
-        let engine = Engine::new(Arc::clone(&model), limits);
-        return Ok(Formed { model, engine, followers });
-    };
-    let mut engine = Engine::leading(Arc::clone(&model), limits, comm, PACE).map_err(WorkerError::Group)?;
-    let limit = measure(&mut engine)?;
-    engine.set_step_limit(limit);
-    tracing::info!(
-        ranks = share.ranks,
-        base_ms = limit.base.as_millis(),
-        row_us = limit.per_row.as_micros(),
-        "step limit"
-    );
+    let engine = engine(&model, limits(&model), comm)?;
     Ok(Formed { model, engine, followers })
+}
+
+/// The engine of rank 0, which has computed one token: a group that is ready has proven it.
+pub(crate) fn engine(model: &Arc<Model>, limits: Limits, comm: Option<Comm>) -> Result<Engine, WorkerError> {
+    let mut engine = match comm {
+        None => Engine::new(Arc::clone(model), limits),
+        Some(comm) => {
+            let ranks = comm.ranks();
+            let mut engine = Engine::leading(Arc::clone(model), limits, comm, PACE).map_err(WorkerError::Group)?;
+            let limit = measure(&mut engine)?;
+            engine.set_step_limit(limit);
+            tracing::info!(ranks, base_ms = limit.base.as_millis(), row_us = limit.per_row.as_micros(), "step limit");
+            engine
+        }
+    };
+    canary(&mut engine).map_err(WorkerError::Canary)?;
+    Ok(engine)
+}
+
+/// Computes one token.
+fn canary(engine: &mut Engine) -> Result<(), String> {
+    let config = engine.model().config();
+    let request = Request::new(
+        RequestId(0),
+        vec![config.eos_ids.first().copied().unwrap_or(0)],
+        Settings::new(1, config.decode.block_size, config.decode.policy),
+    );
+    engine.submit(request).map_err(|refusal| refusal.to_string())?;
+    let mut events = Vec::new();
+    for _ in 0..CANARY_STEPS_MAX {
+        engine.step(&mut events);
+        if events.drain(..).any(|event| matches!(event, Event::Finished { .. })) {
+            return Ok(());
+        }
+        if let Some(error) = engine.failure() {
+            return Err(error.to_string());
+        }
+    }
+    Err(format!("no end after {CANARY_STEPS_MAX} steps"))
+}
+
+/// A follower's part of a group until rank 0 ends it.
+pub(crate) fn follow_rank(model: Arc<Model>, comm: Comm) -> Result<(), FollowError> {
+    follow(model, comm, Pace { idle: IDLE_LIMIT + CANARY_INTERVAL, ..PACE })
 }
 
 /// Base plus ten times what steps take, by the shortest of a few.
@@ -173,16 +210,23 @@ fn start_threads(
     Ok((leader, followers))
 }
 
-fn load_share(dir: &Path, load: &LoadOptions) -> Result<Arc<Model>, WorkerError> {
+pub(crate) fn load_share(dir: &Path, load: &LoadOptions) -> Result<Arc<Model>, WorkerError> {
     let loaded = Model::load(dir, load);
     loaded.map(Arc::new).map_err(|source| WorkerError::Load { path: dir.to_owned(), source })
 }
 
-fn listen(address: &str) -> Result<TcpListener, WorkerError> {
+pub(crate) fn listen(address: &str) -> Result<TcpListener, WorkerError> {
     TcpListener::bind(address).map_err(|source| WorkerError::System { action: "listening for other ranks", source })
 }
 
-fn form(addresses: &[String], rank: usize, epoch: u64, listener: &TcpListener) -> Result<Comm, CommError> {
+/// Brings the ranks of an epoch together; `stop` gives up.
+pub(crate) fn form(
+    addresses: &[String],
+    rank: usize,
+    epoch: u64,
+    listener: &TcpListener,
+    stop: &AtomicBool,
+) -> Result<Comm, CommError> {
     let resolved: Result<Vec<SocketAddr>, CommError> = addresses
         .iter()
         .map(|address| {
@@ -190,5 +234,5 @@ fn form(addresses: &[String], rank: usize, epoch: u64, listener: &TcpListener) -
             found.ok_or_else(|| CommError::Io(format!("{address} cannot be resolved")))
         })
         .collect();
-    Ok(Comm::Tcp(TcpRank::form(rank, epoch, listener, &resolved?, Instant::now() + FORM_LIMIT)?))
+    Ok(Comm::Tcp(TcpRank::form(rank, epoch, listener, &resolved?, Instant::now() + FORM_LIMIT, stop)?))
 }

@@ -3,8 +3,8 @@
 //! It has an OS thread and runtime of its own: a busy machine must not make a worker look dead. While no
 //! controller answers, the worker serves on in the epoch it has.
 
-use crate::membership::{Membership, Readiness};
-use crate::runner::Handle;
+use crate::membership::{Membership, Order, Readiness, Standing};
+use crate::service::Present;
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -20,9 +20,7 @@ use unmask_proto::controllers::Controllers;
 use unmask_proto::network::Network;
 use unmask_proto::rich;
 use unmask_proto::v1::controller_service_client::ControllerServiceClient;
-use unmask_proto::v1::{
-    Hello, JoinRequest, JoinResponse, Leave, ModelDescriptor, Report, WorkerState, join_request::Message,
-};
+use unmask_proto::v1::{Hello, JoinRequest, JoinResponse, Leave, Report, WorkerState, join_request::Message};
 
 /// Time between reports; the controller's time-to-live is five of them.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -43,13 +41,10 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 pub(crate) struct Joiner {
     pub controllers: Controllers,
     pub network: Network,
-    pub worker_id: String,
-    pub endpoint: String,
-    pub model: ModelDescriptor,
-    pub profile_json: String,
-    pub quality_json: String,
+    /// All but the epoch.
+    pub hello: Hello,
     pub membership: Arc<Membership>,
-    pub runner: Handle,
+    pub serving: Present,
 }
 
 /// Starts the thread. It says Leave and ends when `membership` drains, or just ends when `stop` is cancelled.
@@ -94,7 +89,7 @@ impl Joiner {
             tokio::select! {
                 () = tokio::time::sleep(backoff) => {}
                 // Nobody to take leave of.
-                _ = readiness.wait_for(|readiness| *readiness == Readiness::Draining) => return,
+                _ = readiness.wait_for(|standing| standing.readiness == Readiness::Draining) => return,
             }
             backoff = (2 * backoff).min(BACKOFF_MAX);
             redirected = false;
@@ -106,11 +101,11 @@ impl Joiner {
         let (out, mut answers) = timeout(CONNECT_LIMIT, self.open())
             .await
             .map_err(|_| rich::status(Code::Unavailable, "CONTROLLER_SILENT", "no answer in time"))??;
-        let mut readiness = self.membership.watch();
+        let (mut standing, mut serving) = (self.membership.watch(), self.serving.clone());
         let mut reports = interval(REPORT_INTERVAL);
         reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if *readiness.borrow_and_update() == Readiness::Draining {
+            if standing.borrow_and_update().readiness == Readiness::Draining {
                 return self.leave(out, answers).await;
             }
             tokio::select! {
@@ -122,7 +117,8 @@ impl Joiner {
                     self.report(&out)?;
                 }
                 _ = reports.tick() => self.report(&out)?,
-                _ = readiness.changed() => {}
+                _ = standing.changed() => self.report(&out)?,
+                _ = serving.changed() => self.announce(&out)?,
             }
         }
     }
@@ -140,15 +136,8 @@ impl Joiner {
             .await
             .map_err(|error| rich::status(Code::Unavailable, "NO_CONTROLLER", with_sources(&error)))?;
         let (out, requests) = mpsc::channel(OUTBOUND_MAX);
-        let hello = Hello {
-            worker_id: self.worker_id.clone(),
-            endpoint: self.endpoint.clone(),
-            model: Some(self.model.clone()),
-            epoch: self.membership.epoch(),
-            profile_json: self.profile_json.clone(),
-            quality_json: self.quality_json.clone(),
-        };
-        send(&out, Message::Hello(hello))?;
+        send(&out, Message::Hello(Hello { epoch: self.membership.epoch(), ..self.hello.clone() }))?;
+        self.announce(&out)?;
         let answers = ControllerServiceClient::new(channel).join(ReceiverStream::new(requests)).await?.into_inner();
         Ok((out, answers))
     }
@@ -165,23 +154,47 @@ impl Joiner {
             self.membership.drain();
         }
         let Some(assignment) = answer.assignment else { return Ok(ControlFlow::Break(())) };
-        if !self.membership.raise_epoch(assignment.epoch) {
-            let message = format!("epoch {} is below {}", assignment.epoch, self.membership.epoch());
+        let (epoch, seat) = (assignment.epoch, assignment.seat);
+        let taken = match self.hello.capacity {
+            Some(_) => self.membership.order(Order { epoch, seat }),
+            None => self.membership.raise_epoch(epoch),
+        };
+        if !taken {
+            let message = format!("epoch {epoch} is below {}", self.membership.epoch());
             return Err(rich::status(Code::FailedPrecondition, "STALE_EPOCH", message));
         }
-        tracing::info!(group = assignment.group_id, epoch = assignment.epoch, term = answer.term, "assigned");
+        tracing::info!(group = assignment.group_id, epoch, term = answer.term, "assigned");
         Ok(ControlFlow::Continue(()))
     }
 
+    /// Says what an assigned group serves, where this worker leads one.
+    fn announce(&self, out: &mpsc::Sender<JoinRequest>) -> Result<(), Status> {
+        let loaded = self.serving.borrow().as_ref().and_then(|serving| serving.loaded.clone());
+        loaded.map_or(Ok(()), |loaded| send(out, Message::Loaded(loaded)))
+    }
+
     fn report(&self, out: &mpsc::Sender<JoinRequest>) -> Result<(), Status> {
-        let load = self.runner.load();
-        let state = match self.membership.readiness() {
+        let load = self.serving.borrow().as_ref().map(|serving| serving.runner.load()).unwrap_or_default();
+        let Standing { epoch, readiness } = self.membership.standing();
+        let (mut problem, mut loaded_percent) = (String::new(), 0);
+        let state = match readiness {
+            Readiness::Spare => WorkerState::Spare,
+            Readiness::Loading(percent) => {
+                loaded_percent = percent;
+                WorkerState::Loading
+            }
             Readiness::Ready => WorkerState::Ready,
+            Readiness::Fenced(why) => {
+                problem = why;
+                WorkerState::Fenced
+            }
             Readiness::Draining => WorkerState::Draining,
         };
         let report = Report {
-            epoch: self.membership.epoch(),
+            epoch,
             state: state.into(),
+            problem,
+            loaded_percent,
             outstanding_rows: load.outstanding_rows,
             active_requests: load.active as u32,
             queued_requests: load.queued as u32,

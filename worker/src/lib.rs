@@ -11,6 +11,7 @@
 //! - `delivery`: one request's way back to its reader
 //! - `mapping`: messages to engine types and back
 //! - `membership`, `join`: readiness and epoch; reports to the controller
+//! - `pool`: takes the seats that the controller assigns
 //! - `profile`: step times of the model on this device, kept on disk
 //! - `descriptor`: what the worker says of its model, tokenizer files
 
@@ -21,21 +22,25 @@ pub mod group;
 mod join;
 mod mapping;
 mod membership;
+mod pool;
 mod profile;
 mod runner;
 mod service;
 
-pub use config::{Config, ConfigError, Ranks, RawConfig};
+pub use config::{Config, ConfigError, Pool, Ranks, RawConfig, RawPool, Role};
 pub use descriptor::TokenizerFilesError;
 
 use crate::descriptor::TokenizerFiles;
 use crate::group::Formed;
 use crate::join::Joiner;
 use crate::membership::{Membership, Readiness};
-use crate::runner::{Handle, Patience};
-use crate::service::Service;
+use crate::pool::Pooled;
+use crate::runner::Patience;
+use crate::service::{Present, Service, Serving};
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -45,11 +50,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use unmask_engine::group::CommError;
 use unmask_engine::pages::Pages;
-use unmask_engine::profile::Profile;
 use unmask_engine::request::BLOCK_SIZE_MAX;
-use unmask_engine::{Engine, Event, Limits, LoadError, Model, Request, RequestId, Settings};
+use unmask_engine::{Engine, Limits, LoadError, Model};
 use unmask_proto::network::Incoming;
 use unmask_proto::v1::worker_service_server::WorkerServiceServer;
+use unmask_proto::v1::{self, Capacity, Hello, ModelDescriptor};
 
 /// Longest request (bytes): a prompt of a million ids is about 3 MiB.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -59,8 +64,6 @@ const STREAMS_PER_CONNECTION_MAX: u32 = 1024;
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Longest wait at shutdown for connections to close once their streams have ended.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
-/// Steps the canary may take: a block's denoise passes and more.
-const CANARY_STEPS_MAX: usize = 4 * BLOCK_SIZE_MAX as usize;
 /// Longest wait at shutdown for a step to end.
 const STEP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -103,11 +106,13 @@ pub enum WorkerError {
     Panicked(#[from] tokio::task::JoinError),
 }
 
-/// Loads the model, serves and reports until `shutdown` completes or the controller wants it to, then drains: it leaves the controller, refuses
-/// what is new, finishes what it holds up to the drain limit, and ends the rest with UNAVAILABLE.
+/// Serves and reports until `shutdown` completes or the controller wants it to, then drains: it leaves the controller, refuses
+/// what is new, finishes what it holds up to the drain limit, and ends the rest with UNAVAILABLE. A worker with a model of
+/// its own loads it first; one of the pool loads what it is assigned.
 ///
 /// # Errors
-/// [`WorkerError`] when model or tokenizer cannot be loaded, the settings do not fit, or the listener fails.
+/// [`WorkerError`] when model or tokenizer cannot be loaded, the settings do not fit, or the listener fails. Of the pool, what goes
+/// wrong with a model is reported to the controller instead.
 pub async fn run(
     config: Config,
     incoming: impl Into<Incoming>,
@@ -116,59 +121,129 @@ pub async fn run(
     let incoming = incoming.into();
     let listening = incoming.local_addr().map_err(|source| WorkerError::System { action: "listening", source })?;
     let endpoint = config.endpoint(listening)?;
+    let hello =
+        Hello { worker_id: config.worker_id.clone().unwrap_or_else(|| endpoint.clone()), endpoint, ..Hello::default() };
+    match config.role.clone() {
+        Role::Model { dir, ranks } => run_own(config, dir, ranks, hello, incoming, shutdown).await,
+        Role::Pool(pool) => run_pooled(config, &pool, listening, hello, incoming, shutdown).await,
+    }
+}
+
+/// A group of its own.
+async fn run_own(
+    config: Config,
+    dir: PathBuf,
+    ranks: Ranks,
+    hello: Hello,
+    incoming: Incoming,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
     tokio::pin!(shutdown);
     let loading = tokio::task::spawn_blocking({
         let config = config.clone();
-        move || load(&config)
+        move || load(&config, &dir, &ranks)
     });
-    let Loaded { model, tokenizer, profile, runner, engine_thread, followers } = tokio::select! {
-        loaded = loading => loaded??,
+    let Loaded { serving, hello, engine_thread, followers } = tokio::select! {
+        loaded = loading => loaded??.with(hello),
         () = &mut shutdown => return Ok(()),
     };
-    let membership = Arc::new(Membership::new());
-    let end_join = CancellationToken::new();
-    let joiner = Joiner {
-        controllers: config.controllers.clone(),
-        network: config.network.clone(),
-        worker_id: config.worker_id.clone().unwrap_or_else(|| endpoint.clone()),
-        endpoint,
-        model: descriptor::describe(&model, &tokenizer),
-        profile_json: profile.and_then(|profile| serde_json::to_string(&profile).ok()).unwrap_or_default(),
-        quality_json: descriptor::quality(&config.model),
-        membership: Arc::clone(&membership),
-        runner: runner.clone(),
-    };
-    let join_thread = join::start(joiner, end_join.clone()).map_err(no_thread)?;
-    let open = watch::Sender::new(0);
-    let service = Service {
-        runner: runner.clone(),
-        membership: Arc::clone(&membership),
-        model_name: model.config().name.clone(),
-        default_policy: model.config().decode.policy,
-        tokenizer: Arc::new(tokenizer),
-        open: open.clone(),
-    };
+    let runner = serving.runner.clone();
+    let host = Host::new(config, Readiness::Ready, Some(serving));
     let mut failure = runner.watch_failure();
-    let mut readiness = membership.watch();
     let over = async {
         tokio::select! {
             () = &mut shutdown => {}
-            _ = readiness.wait_for(|readiness| *readiness == Readiness::Draining) => {}
             _ = failure.wait_for(Option::is_some) => {}
         }
     };
-    let drain = Drain { open, runner: runner.clone(), membership, limit: config.drain_limit };
-    let served = serve(service, incoming, over, drain).await;
-    end_join.cancel();
+    let served = host.attend(hello, incoming, over).await;
     let followers = followers.into_iter().map(|thread| ("rank", thread));
-    join_threads([("join", join_thread), ("engine", engine_thread)].into_iter().chain(followers).collect()).await;
+    join_threads(std::iter::once(("engine", engine_thread)).chain(followers).collect()).await;
     runner.failure().map_or(served, |error| Err(WorkerError::Group(error)))
+}
+
+/// One of the pool.
+async fn run_pooled(
+    config: Config,
+    pool: &Pool,
+    listening: SocketAddr,
+    hello: Hello,
+    incoming: Incoming,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
+    let (listener, rank_address) = pool::meeting_place(pool, listening)?;
+    let capacity = Capacity { memory_bytes: pool.memory_bytes, zone: pool.zone.clone(), rank_address };
+    let hello = Hello { capacity: Some(capacity), ..hello };
+    let host = Host::new(config, Readiness::Spare, None);
+    let pooled = Pooled::new(&host, listener);
+    let end = CancellationToken::new();
+    let seated = tokio::spawn(pooled.run(end.clone()));
+    let served = host.attend(hello, incoming, shutdown).await;
+    end.cancel();
+    seated.await?;
+    served
+}
+
+/// What every worker has, whatever it serves.
+struct Host {
+    config: Config,
+    membership: Arc<Membership>,
+    serving: watch::Sender<Option<Arc<Serving>>>,
+    /// Streams that are open.
+    open: watch::Sender<usize>,
+}
+
+impl Host {
+    fn new(config: Config, readiness: Readiness, serving: Option<Serving>) -> Self {
+        let membership = Arc::new(Membership::new(readiness));
+        Self { config, membership, serving: watch::Sender::new(serving.map(Arc::new)), open: watch::Sender::new(0) }
+    }
+
+    /// Joins and serves until `over` or until told to drain, then drains.
+    async fn attend(
+        &self,
+        hello: Hello,
+        incoming: Incoming,
+        over: impl Future<Output = ()>,
+    ) -> Result<(), WorkerError> {
+        let end_join = CancellationToken::new();
+        let joiner = Joiner {
+            controllers: self.config.controllers.clone(),
+            network: self.config.network.clone(),
+            hello,
+            membership: Arc::clone(&self.membership),
+            serving: self.serving.subscribe(),
+        };
+        let join_thread = join::start(joiner, end_join.clone()).map_err(no_thread)?;
+        let service = Service {
+            serving: self.serving.subscribe(),
+            membership: Arc::clone(&self.membership),
+            open: self.open.clone(),
+        };
+        let mut standing = self.membership.watch();
+        let over = async {
+            tokio::select! {
+                () = over => {}
+                _ = standing.wait_for(|standing| standing.readiness == Readiness::Draining) => {}
+            }
+        };
+        let drain = Drain {
+            open: self.open.clone(),
+            serving: self.serving.subscribe(),
+            membership: Arc::clone(&self.membership),
+            limit: self.config.drain_limit,
+        };
+        let served = serve(service, incoming, over, drain).await;
+        end_join.cancel();
+        join_threads(vec![("join", join_thread)]).await;
+        served
+    }
 }
 
 /// What has to happen before the last connection closes.
 struct Drain {
     open: watch::Sender<usize>,
-    runner: Handle,
+    serving: Present,
     membership: Arc<Membership>,
     limit: Duration,
 }
@@ -181,7 +256,13 @@ impl Drain {
         if !drained {
             tracing::warn!(streams = *self.open.borrow(), "the drain limit passed; ending the rest");
         }
-        self.runner.stop();
+        self.stop();
+    }
+
+    fn stop(&self) {
+        if let Some(serving) = self.serving.borrow().as_ref() {
+            serving.runner.stop();
+        }
     }
 }
 
@@ -221,63 +302,74 @@ async fn serve(
             }
         }
     };
-    drain.runner.stop();
+    drain.stop();
     Ok(served?)
 }
 
 /// What [`load`] makes.
 struct Loaded {
-    model: Arc<Model>,
-    tokenizer: TokenizerFiles,
-    profile: Option<Profile>,
-    runner: Handle,
+    serving: Serving,
+    /// What a group of its own says of its model.
+    hello: Hello,
     engine_thread: JoinHandle<()>,
     followers: Vec<JoinHandle<()>>,
 }
 
+impl Loaded {
+    /// With who says it.
+    fn with(self, Hello { worker_id, endpoint, .. }: Hello) -> Self {
+        Self { hello: Hello { worker_id, endpoint, ..self.hello }, ..self }
+    }
+}
+
 /// Everything that takes long, for a thread that may block.
-fn load(config: &Config) -> Result<Loaded, WorkerError> {
-    let tokenizer = TokenizerFiles::read(&config.model)?;
-    let formed = group::lead(&config.model, &config.load, &config.ranks, |model| limits(config, model))?;
-    let Formed { model, mut engine, followers } = formed;
-    let limits = limits(config, &model);
-    canary(&mut engine).map_err(WorkerError::Canary)?;
+fn load(config: &Config, dir: &Path, ranks: &Ranks) -> Result<Loaded, WorkerError> {
+    let tokenizer = TokenizerFiles::read(dir)?;
+    let formed = group::lead(dir, &config.load, ranks, |model| limits(config, model))?;
+    let Formed { model, engine, followers } = formed;
+    let (serving, described, engine_thread) = start(config, dir, None, tokenizer, &model, engine)?;
+    let v1::Loaded { model, profile_json, quality_json, .. } = described;
+    let hello = Hello { model, profile_json, quality_json, ..Hello::default() };
+    Ok(Loaded { serving, hello, engine_thread, followers })
+}
+
+/// Starts the thread of an engine; what is served, and what the controller has to know of it. An assigned model has the
+/// name and the epoch of its assignment.
+fn start(
+    config: &Config,
+    dir: &Path,
+    assigned: Option<(String, u64)>,
+    tokenizer: TokenizerFiles,
+    model: &Arc<Model>,
+    engine: Engine,
+) -> Result<(Serving, v1::Loaded, JoinHandle<()>), WorkerError> {
     // Before anything is served: requests would make the steps slow, and the steps the requests.
     let alone = config.profile_dir.as_ref().filter(|_| engine.ranks() == 1);
-    let profile = alone.map(|dir| profile::obtain(&model, dir));
+    let profile = alone.map(|dir| profile::obtain(model, dir));
+    let (model_name, epoch) = assigned.unwrap_or_else(|| (model.config().name.clone(), 0));
+    let loaded = v1::Loaded {
+        epoch,
+        model: Some(ModelDescriptor { name: model_name.clone(), ..descriptor::describe(model, &tokenizer) }),
+        profile_json: profile.and_then(|profile| serde_json::to_string(&profile).ok()).unwrap_or_default(),
+        quality_json: descriptor::quality(dir),
+    };
+    let limits = limits(config, model);
     tracing::info!(
-        model = model.config().name,
+        model = model_name,
         parameters = model.parameters(),
         numerics = model.numerics_id(),
         pages = limits.pages,
         "ready"
     );
     let patience = Patience { preempt: config.preempt_limit, give_up: config.stall_limit };
-    let (runner, engine_thread) = runner::start(engine, limits, patience).map_err(no_thread)?;
-    Ok(Loaded { model, tokenizer, profile, runner, engine_thread, followers })
+    let (runner, thread) = runner::start(engine, limits, patience).map_err(no_thread)?;
+    let default_policy = model.config().decode.policy;
+    let announced = (epoch > 0).then(|| loaded.clone());
+    Ok((Serving { runner, model_name, default_policy, tokenizer, loaded: announced }, loaded, thread))
 }
 
 fn no_thread(source: io::Error) -> WorkerError {
     WorkerError::System { action: "starting a thread", source }
-}
-
-/// Computes one token: a worker that is ready has proven it.
-fn canary(engine: &mut Engine) -> Result<(), String> {
-    let config = engine.model().config();
-    let request = Request::new(
-        RequestId(0),
-        vec![config.eos_ids.first().copied().unwrap_or(0)],
-        Settings::new(1, config.decode.block_size, config.decode.policy),
-    );
-    engine.submit(request).map_err(|refusal| refusal.to_string())?;
-    let mut events = Vec::new();
-    for _ in 0..CANARY_STEPS_MAX {
-        engine.step(&mut events);
-        if events.drain(..).any(|event| matches!(event, Event::Finished { .. })) {
-            return Ok(());
-        }
-    }
-    Err(format!("no end after {CANARY_STEPS_MAX} steps"))
 }
 
 /// The engine's limits: as many pages as the memory for keys and values allows, and no more than can be used.

@@ -3,7 +3,7 @@
 use crate::delivery::{Reading, Terms};
 use crate::descriptor::TokenizerFiles;
 use crate::mapping;
-use crate::membership::{Membership, Readiness};
+use crate::membership::{Membership, Readiness, Standing};
 use crate::runner::{self, Handle};
 use futures::stream::{BoxStream, StreamExt as _};
 use std::sync::Arc;
@@ -16,15 +16,25 @@ use unmask_engine::Policy;
 use unmask_proto::rich;
 use unmask_proto::timeout::{self, TIMEOUT_MAX};
 use unmask_proto::v1::worker_service_server::WorkerService;
-use unmask_proto::v1::{FetchTokenizerRequest, FetchTokenizerResponse, RunRequest, RunResponse};
+use unmask_proto::v1::{FetchTokenizerRequest, FetchTokenizerResponse, Loaded, RunRequest, RunResponse};
+
+/// A model that is served, by the group that this worker leads.
+pub(crate) struct Serving {
+    pub runner: Handle,
+    pub model_name: String,
+    pub default_policy: Policy,
+    pub tokenizer: TokenizerFiles,
+    /// What the controller is told of it, where it was the controller that assigned it.
+    pub loaded: Option<Loaded>,
+}
+
+/// What is served at present, if anything.
+pub(crate) type Present = watch::Receiver<Option<Arc<Serving>>>;
 
 /// What the service serves.
 pub(crate) struct Service {
-    pub runner: Handle,
+    pub serving: Present,
     pub membership: Arc<Membership>,
-    pub model_name: String,
-    pub default_policy: Policy,
-    pub tokenizer: Arc<TokenizerFiles>,
     /// Streams that are open, waited for at shutdown.
     pub open: watch::Sender<usize>,
 }
@@ -55,15 +65,16 @@ impl WorkerService for Service {
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<Self::RunStream>, Status> {
         let arrived = Instant::now();
+        let serving = self.serving()?;
         // Counted before the state is read: who drains sees this stream, or this stream sees the draining.
-        let open = OpenStream::new(&self.open, &self.runner);
+        let open = OpenStream::new(&self.open, &serving.runner);
         let deadline = grpc_timeout(request.metadata())?.map(|timeout| arrived + timeout);
         let message = request.into_inner();
-        self.check(&message)?;
+        self.check(&message, &serving)?;
         let terms = terms(&message, arrived, deadline);
-        let request = mapping::request(message, self.runner.next_id(), &self.default_policy)
+        let request = mapping::request(message, serving.runner.next_id(), &serving.default_policy)
             .map_err(|violations| rich::invalid(&violations))?;
-        let reading = self.runner.submit(request, terms).await?;
+        let reading = serving.runner.submit(request, terms).await?;
         Ok(Response::new(stream(reading, open)))
     }
 
@@ -72,17 +83,26 @@ impl WorkerService for Service {
         request: Request<FetchTokenizerRequest>,
     ) -> Result<Response<FetchTokenizerResponse>, Status> {
         let digest = request.into_inner().digest;
-        if !digest.is_empty() && digest != self.tokenizer.digest {
-            let message = format!("no tokenizer `{digest}` here, only `{}`", self.tokenizer.digest);
+        let serving = self.serving()?;
+        if !digest.is_empty() && digest != serving.tokenizer.digest {
+            let message = format!("no tokenizer `{digest}` here, only `{}`", serving.tokenizer.digest);
             return Err(rich::status(Code::NotFound, "UNKNOWN_TOKENIZER", message));
         }
-        Ok(Response::new(self.tokenizer.response()))
+        Ok(Response::new(serving.tokenizer.response()))
     }
 }
 
 impl Service {
-    fn check(&self, message: &RunRequest) -> Result<(), Status> {
-        if self.membership.readiness() == Readiness::Draining {
+    fn serving(&self) -> Result<Arc<Serving>, Status> {
+        self.serving.borrow().clone().ok_or_else(|| {
+            let message = "this worker leads no group at present";
+            rich::retryable(Code::Unavailable, "NOT_SERVING", message, mapping::RETRY_AFTER)
+        })
+    }
+
+    fn check(&self, message: &RunRequest, serving: &Serving) -> Result<(), Status> {
+        let Standing { epoch, readiness } = self.membership.standing();
+        if readiness == Readiness::Draining {
             return Err(rich::retryable(
                 Code::Unavailable,
                 "WORKER_DRAINING",
@@ -90,11 +110,10 @@ impl Service {
                 mapping::RETRY_AFTER,
             ));
         }
-        if !message.model.is_empty() && message.model != self.model_name {
-            let message = format!("no model `{}` here, only `{}`", message.model, self.model_name);
+        if !message.model.is_empty() && message.model != serving.model_name {
+            let message = format!("no model `{}` here, only `{}`", message.model, serving.model_name);
             return Err(rich::status(Code::NotFound, "UNKNOWN_MODEL", message));
         }
-        let epoch = self.membership.epoch();
         if message.epoch != 0 && message.epoch != epoch {
             let message = format!("epoch {} is not this group's, which is {epoch}", message.epoch);
             return Err(rich::status(Code::FailedPrecondition, "STALE_EPOCH", message));

@@ -23,7 +23,7 @@ use unmask_proto::v1::{
     Assignment, FetchTokenizerRequest, Finish, FinishReason, Hello, JoinRequest, JoinResponse, Policy, Report,
     ResolvedSettings, RunRequest, RunResponse, WatchRoutesRequest, WatchRoutesResponse, WorkerState, policy,
 };
-use unmask_worker::{Config, WorkerError, run};
+use unmask_worker::{Config, Ranks, Role, WorkerError, run};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Tokens of a request that outlasts any test.
@@ -88,7 +88,7 @@ impl Controller {
 
 impl Joined {
     async fn assign(&self, term: u64, epoch: u64) {
-        let assignment = Some(Assignment { group_id: "g".into(), epoch });
+        let assignment = Some(Assignment { group_id: "g".into(), epoch, seat: None });
         self.answers.send(Ok(JoinResponse { term, assignment, drain: false })).await.unwrap();
     }
 
@@ -327,14 +327,14 @@ async fn a_model_that_cannot_be_loaded_is_a_clear_error() {
     let controller = controller().await;
     let folder = tempfile::tempdir().unwrap();
     let broken = folder.path().to_owned();
-    let worker = start(&controller, |config| config.model = broken).await;
+    let worker = start(&controller, |config| config.role = Role::Model { dir: broken, ranks: Ranks::One }).await;
     let error = worker.ended.await.unwrap().unwrap_err();
     assert!(error.to_string().contains("tokenizer.json"), "{error}");
     for file in ["tokenizer.json", "tokenizer_config.json", "config.json"] {
         std::fs::copy(model().join(file), folder.path().join(file)).unwrap();
     }
     let broken = folder.path().to_owned();
-    let worker = start(&controller, |config| config.model = broken).await;
+    let worker = start(&controller, |config| config.role = Role::Model { dir: broken, ranks: Ranks::One }).await;
     let error = worker.ended.await.unwrap().unwrap_err();
     assert!(matches!(error, WorkerError::Load { .. }), "{error}");
 }

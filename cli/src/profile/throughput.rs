@@ -47,7 +47,11 @@ impl Throughput {
     pub fn new(profile: &Profile, quality: &Quality, context: u32) -> Option<Self> {
         let floor = quality.default_floor();
         let curve = |concurrency| {
-            let choice = choose(profile, quality, &Load { concurrency, context, latency_ms: None, floor });
+            let choice = choose(
+                profile,
+                quality,
+                &Load { concurrency, context, latency_ms: None, floor, block_sizes: Vec::new() },
+            );
             let chosen = choice.chosen().map(|chosen| (chosen.block_size, chosen.threshold));
             Curve { concurrency, chosen, spots: spots(&choice) }
         };

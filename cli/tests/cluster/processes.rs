@@ -1,14 +1,14 @@
 //! Real processes of the services, on free ports, that are really killed.
 #![allow(clippy::print_stderr, reason = "what the services say belongs to a failed test's output")]
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 use unmask::local::{Gateway, gateway};
 use unmask_proto::v1::admin_service_client::AdminServiceClient;
-use unmask_proto::v1::{GetStatusRequest, ListModelsRequest, WorkerState};
+use unmask_proto::v1::{GetStatusRequest, ListModelsRequest, ModelStatus, WorkerState};
 
 /// Bounds every wait: far beyond what anything takes.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -142,6 +142,31 @@ impl Cluster {
         let (control, model) = (&self.control, model());
         let worker = ["worker", "--controller", control, "--model", &model, "--threads", "1", "--dtype", "f32"];
         Process::start(&worker, listen)
+    }
+
+    /// A worker that serves what it is assigned.
+    pub fn pooled(&self, name: &str) -> Process {
+        let worker = ["worker", "--controller", &self.control, "--pool", "--threads", "1", "--zone", "here"];
+        Process::start(&[&worker[..], &["--worker-id", name]].concat(), "127.0.0.1:0")
+    }
+
+    /// Runs `unmask apply` on a file's text, and waits until all groups serve.
+    pub fn apply(&self, groups: &str) {
+        let yaml = format!("name: m\npath: {}\ndtype: f32\n{groups}", model());
+        let mut child = Command::new(env!("CARGO_BIN_EXE_unmask"))
+            .args(["apply", "-f", "-", "--wait", "--limit-s", "60", "--controller", &self.control])
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(yaml.as_bytes()).unwrap();
+        assert!(child.wait().unwrap().success(), "{yaml}");
+    }
+
+    /// How it stands with the pool's only model, as the first controller sees it.
+    pub async fn placed(&self) -> ModelStatus {
+        let controller = format!("http://{}", self.controllers[0].address);
+        let mut client = AdminServiceClient::connect(controller).await.unwrap();
+        client.get_status(GetStatusRequest {}).await.unwrap().into_inner().models.remove(0)
     }
 
     pub fn client(&self, number: usize) -> Gateway {

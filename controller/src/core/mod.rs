@@ -1,10 +1,12 @@
 //! The controller's decisions: `decide(state, event, now) -> actions`. No clock, socket, store or randomness.
 //!
-//! Each worker is a group of its own. A group's epoch rises when another process joins as its worker, above everything any
+//! A worker that brings a model is a group of its own; workers of the pool become groups as what is wanted of models says
+//! ([`groups`]). A group's epoch rises when another process joins as its worker, above everything any
 //! member has reported and everything the store holds; a process that comes back, to this controller or to one that took
 //! over, keeps its epoch, and with it its place in the routes that gateways know. A table of routes holds the workers that are ready in their
 //! current epoch and were heard of within the time-to-live.
 
+pub mod groups;
 pub mod settings;
 mod state;
 #[cfg(test)]
@@ -12,10 +14,12 @@ mod tests;
 
 pub use state::{Measured, Member, State};
 
+use crate::placement::Slot;
+use groups::{Desired, Placed};
 use settings::{Intent, Settings};
 use std::sync::Arc;
 use std::time::Duration;
-use unmask_proto::v1::{ModelDescriptor, Route};
+use unmask_proto::v1::{Capacity, ModelDescriptor, Route, Seat};
 
 /// Most members.
 pub const MEMBERS_MAX: usize = 1024;
@@ -33,8 +37,10 @@ pub struct Joining {
     pub worker_id: String,
     /// host:port.
     pub endpoint: String,
-    /// What it holds.
+    /// What it holds; of the pool, nothing.
     pub model: ModelDescriptor,
+    /// What it offers, if it is of the pool.
+    pub capacity: Option<Capacity>,
     /// Highest epoch it has seen.
     pub epoch: u64,
     /// Its step times and the model's quality, where it has both.
@@ -50,10 +56,14 @@ pub enum Readiness {
     Ready,
     /// Finishes what it holds and takes nothing new.
     Draining,
+    /// Of the pool, and has no seat.
+    Spare,
+    /// Its group is over, or did not form.
+    Fenced,
 }
 
 /// A heartbeat; validated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heartbeat {
     /// Epoch the worker serves in; 0 before its first assignment.
     pub epoch: u64,
@@ -65,6 +75,10 @@ pub struct Heartbeat {
     pub requests: u32,
     /// Of them, those that share its steps.
     pub active: u32,
+    /// Why it is fenced.
+    pub problem: String,
+    /// Layers in memory while it loads (percent).
+    pub loaded_percent: u32,
 }
 
 /// What happened.
@@ -74,12 +88,16 @@ pub enum Event {
     Hello(StreamId, Box<Joining>),
     /// A heartbeat.
     Report(StreamId, Heartbeat),
+    /// What a group of the pool serves in an epoch, by its rank 0.
+    Loaded(StreamId, u64, Box<ModelDescriptor>, Option<Arc<Measured>>),
     /// The worker leaves for good.
     Leave(StreamId),
     /// The stream broke off; its worker may come back.
     StreamClosed(StreamId),
     /// A worker is to finish what it holds and leave.
     Drain(String),
+    /// What is wanted of a model.
+    Apply(String, Desired),
     /// The settings of a model are to come about otherwise.
     SetPolicy(String, Intent),
     /// Time passed.
@@ -125,6 +143,22 @@ pub enum Fact {
         /// The worker.
         worker_id: String,
     },
+    /// What is wanted of a model.
+    Desired {
+        /// The model.
+        model: String,
+        /// `None`: nothing any more.
+        desired: Option<Desired>,
+        /// Of the change.
+        revision: u64,
+    },
+    /// Where a group of the pool is.
+    Placed {
+        /// The group.
+        slot: Slot,
+        /// `None`: nowhere any more.
+        group: Option<Placed>,
+    },
     /// How the settings of a model come about.
     Settings {
         /// The model.
@@ -149,6 +183,8 @@ pub enum Action {
         group_id: String,
         /// The group's epoch.
         epoch: u64,
+        /// Of a worker of the pool, unless it becomes a spare.
+        seat: Option<Seat>,
     },
     /// Tell a worker to drain.
     TellToDrain(StreamId),
@@ -169,12 +205,20 @@ pub enum Action {
 pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
     let mut actions = Vec::new();
     let mut loads = false;
+    // A report that changes nothing leaves the groups as they are; the next tick looks at them anyway.
+    let before = match &event {
+        Event::Report(stream, _) => state.readiness_of(*stream),
+        _ => None,
+    };
+    let reported = if let Event::Report(stream, _) = &event { Some(*stream) } else { None };
     match event {
         Event::Hello(stream, joining) => state.hello(stream, *joining, now, &mut actions),
         Event::Report(stream, heartbeat) => state.report(stream, heartbeat, now, &mut actions),
+        Event::Loaded(stream, epoch, model, measured) => state.loaded(stream, epoch, *model, measured),
         Event::Leave(stream) => state.leave(stream, &mut actions),
         Event::StreamClosed(stream) => state.stream_closed(stream),
         Event::Drain(worker_id) => state.drain(&worker_id, &mut actions),
+        Event::Apply(model, desired) => state.apply(model, desired, &mut actions),
         Event::SetPolicy(model, intent) => state.set_policy(model, intent, &mut actions),
         Event::Tick => {
             state.expire(now, &mut actions);
@@ -182,6 +226,9 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
             // Loads change with every heartbeat; publishing them once a tick keeps the tables few.
             loads = true;
         }
+    }
+    if reported.is_none_or(|stream| state.readiness_of(stream) != before) {
+        state.settle(now, &mut actions);
     }
     state.publish(now, loads, &mut actions);
     actions

@@ -28,7 +28,7 @@ pub struct Setting {
 }
 
 /// What was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Intent {
     /// The model's own settings.
@@ -42,6 +42,9 @@ pub enum Intent {
         latency_ms: Option<f64>,
         /// Least lower bound of the pass rate; `None`: a margin below the best.
         floor: Option<f64>,
+        /// Block sizes that may be chosen; none named: all that were measured.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        block_sizes: Vec<u32>,
     },
 }
 
@@ -73,12 +76,13 @@ impl ModelSettings {
     }
 
     fn ask(&mut self, intent: Intent) {
-        (self.intent, self.contender) = (intent, None);
-        (self.current, self.why) = match intent {
+        self.contender = None;
+        (self.current, self.why) = match &intent {
             Intent::ModelDefaults => (None, "the model's own settings".into()),
-            Intent::Fixed(setting) => (Some(setting), "fixed".into()),
+            Intent::Fixed(setting) => (Some(*setting), "fixed".into()),
             Intent::Automatic { .. } => (None, "no load has been seen yet".into()),
         };
+        self.intent = intent;
     }
 
     /// Takes an intent; what has to be stored.
@@ -89,12 +93,16 @@ impl ModelSettings {
 
     fn changed(&mut self, model: &str) -> Action {
         self.revision += 1;
-        Action::Persist(Fact::Settings { model: model.to_owned(), intent: self.intent, revision: self.revision })
+        Action::Persist(Fact::Settings {
+            model: model.to_owned(),
+            intent: self.intent.clone(),
+            revision: self.revision,
+        })
     }
 
     /// A tick: follows the load of the model's `members`.
     pub(super) fn follow(&mut self, model: &str, members: &[&Member]) -> Option<Action> {
-        let Intent::Automatic { latency_ms, floor } = self.intent else { return None };
+        let Intent::Automatic { latency_ms, floor, block_sizes } = self.intent.clone() else { return None };
         let ready: Vec<_> = members.iter().filter(|member| member.readiness == Readiness::Ready).collect();
         // Those that wait share no step yet.
         let active: u64 = ready.iter().map(|member| u64::from(member.active)).sum();
@@ -115,6 +123,7 @@ impl ModelSettings {
             context: TYPICAL_CONTEXT,
             latency_ms,
             floor: floor.unwrap_or_else(|| measured.quality.default_floor()),
+            block_sizes,
         };
         self.decide(model, &choose(&measured.profile, &measured.quality, &load), load.concurrency)
     }
@@ -209,6 +218,9 @@ mod tests {
             endpoint: "e:1".into(),
             model: ModelDescriptor::default(),
             measured,
+            capacity: None,
+            problem: String::new(),
+            loaded_percent: 0,
             readiness: Readiness::Ready,
             outstanding_rows: 0,
             requests,
@@ -217,7 +229,7 @@ mod tests {
         }
     }
 
-    const AUTOMATIC: Intent = Intent::Automatic { latency_ms: None, floor: None };
+    const AUTOMATIC: Intent = Intent::Automatic { latency_ms: None, floor: None, block_sizes: Vec::new() };
     const BLOCKS: Setting = Setting { block_size: 8, threshold: Some(0.9) };
     const ONE_BY_ONE: Setting = Setting { block_size: 1, threshold: None };
 
@@ -251,11 +263,12 @@ mod tests {
     fn what_is_not_good_or_quick_enough_goes_at_once() {
         let measured = measured();
         let member = member(1, Some(measured));
-        let mut settings = ModelSettings::stored(Intent::Automatic { latency_ms: Some(2.0), floor: None }, 7);
+        let mut settings =
+            ModelSettings::stored(Intent::Automatic { latency_ms: Some(2.0), floor: None, block_sizes: vec![] }, 7);
         // A block of 8 takes 8/3 passes of 1 ms.
         assert!(settings.follow("m", &[&member]).is_some());
         assert_eq!((settings.current, settings.revision), (Some(ONE_BY_ONE), 8));
-        settings.set("m", Intent::Automatic { latency_ms: None, floor: Some(0.999) });
+        settings.set("m", Intent::Automatic { latency_ms: None, floor: Some(0.999), block_sizes: vec![] });
         settings.follow("m", &[&member]);
         assert_eq!(settings.current, None);
         assert!(settings.why.contains("good and quick enough"));

@@ -1,12 +1,14 @@
 //! Members, epochs and the table last published.
 
+use super::groups::{Desired, Placed, Pool, group_id};
 use super::settings::{Intent, Settings};
 use super::{Action, Ending, Fact, Group, Heartbeat, Joining, MEMBERS_MAX, MODELS_MAX, Readiness, StreamId};
+use crate::placement::Slot;
 use crate::policy::{Profile, Quality};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
-use unmask_proto::v1::{ModelDescriptor, Route};
+use unmask_proto::v1::{Capacity, ModelDescriptor, Route};
 
 /// What was measured of a model on a worker.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,7 +24,7 @@ pub struct Measured {
 pub struct Member {
     /// Its stream; `None` while it is broken off.
     pub stream: Option<StreamId>,
-    /// Its group.
+    /// Its group; of the pool, empty while it has none.
     pub group_id: String,
     /// The group's epoch.
     pub epoch: u64,
@@ -32,8 +34,14 @@ pub struct Member {
     pub model: ModelDescriptor,
     /// What was measured of it.
     pub measured: Option<Arc<Measured>>,
+    /// What it offers, if it is of the pool.
+    pub capacity: Option<Capacity>,
     /// As last reported in the current epoch.
     pub readiness: Readiness,
+    /// Why it is fenced.
+    pub problem: String,
+    /// Layers in memory while it loads (percent).
+    pub loaded_percent: u32,
     /// As last reported (rows).
     pub outstanding_rows: u64,
     /// As last reported: served or waiting.
@@ -42,6 +50,34 @@ pub struct Member {
     pub active: u32,
     /// When it was last heard of.
     pub heard: Duration,
+}
+
+impl Member {
+    /// One that has joined. A process that is back stands where `earlier` stood until it says otherwise.
+    fn new(stream: StreamId, joining: Joining, group: Group, earlier: Option<Member>, now: Duration) -> Self {
+        let spare = joining.capacity.is_some() && group.id.is_empty();
+        let readiness = if spare { Readiness::Spare } else { Readiness::Loading };
+        let Joining { endpoint, model, measured, capacity, .. } = joining;
+        // What a group of the pool serves was said by another message than Hello.
+        let said = earlier.as_ref().filter(|_| capacity.is_some()).map(|member| (&member.model, &member.measured));
+        let (model, measured) = said.map_or((model, measured), |(model, measured)| (model.clone(), measured.clone()));
+        Self {
+            stream: Some(stream),
+            group_id: group.id,
+            epoch: group.epoch,
+            endpoint,
+            model,
+            measured,
+            capacity,
+            readiness: earlier.as_ref().map_or(readiness, |member| member.readiness),
+            problem: String::new(),
+            loaded_percent: 0,
+            outstanding_rows: earlier.as_ref().map_or(0, |member| member.outstanding_rows),
+            requests: earlier.as_ref().map_or(0, |member| member.requests),
+            active: earlier.map_or(0, |member| member.active),
+            heard: now,
+        }
+    }
 }
 
 /// Everything the controller knows.
@@ -53,6 +89,8 @@ pub struct State {
     /// Groups of an earlier run, by worker, that have not come back yet.
     missing: BTreeMap<String, Group>,
     settings: Settings,
+    /// Groups of workers that bring no model.
+    pub(super) pool: Pool,
     revision: u64,
     published: Option<(Vec<Route>, Settings)>,
 }
@@ -60,7 +98,29 @@ pub struct State {
 impl State {
     /// The state at a start: what the store holds, and nobody heard of yet.
     pub fn new(ttl: Duration, epoch_floor: u64, groups: BTreeMap<String, Group>, settings: Settings) -> Self {
-        Self { ttl, epoch_floor, members: BTreeMap::new(), missing: groups, settings, revision: 0, published: None }
+        let (members, pool) = (BTreeMap::new(), Pool::default());
+        Self { ttl, epoch_floor, members, missing: groups, settings, pool, revision: 0, published: None }
+    }
+
+    /// With what the store holds of the pool: what is wanted, and where its groups were.
+    pub fn with_pool(mut self, desired: BTreeMap<String, (Desired, u64)>, placed: BTreeMap<Slot, Placed>) -> Self {
+        let revision = desired.values().map(|(_, revision)| *revision).max().unwrap_or(0);
+        let returning = placed.keys().cloned().collect();
+        self.pool = Pool { desired, revision, placed, returning, ..Pool::default() };
+        self
+    }
+
+    /// Groups of workers that bring no model.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    pub(super) fn ttl(&self) -> Duration {
+        self.ttl
+    }
+
+    pub(super) fn member_mut(&mut self, worker_id: &str) -> Option<&mut Member> {
+        self.members.get_mut(worker_id)
     }
 
     /// No epoch up to this one is handed out again.
@@ -83,7 +143,11 @@ impl State {
         self.revision
     }
 
-    pub(super) fn drain(&self, worker_id: &str, actions: &mut Vec<Action>) {
+    pub(super) fn drain(&mut self, worker_id: &str, actions: &mut Vec<Action>) {
+        // From here on it gets nothing new, whatever it says until it has heard.
+        if let Some(member) = self.members.get_mut(worker_id).filter(|member| member.stream.is_some()) {
+            member.readiness = Readiness::Draining;
+        }
         actions.extend(self.members.get(worker_id).and_then(|member| member.stream).map(Action::TellToDrain));
     }
 
@@ -100,8 +164,13 @@ impl State {
         }
     }
 
-    fn by_stream(&mut self, stream: StreamId) -> Option<(&String, &mut Member)> {
+    pub(super) fn by_stream(&mut self, stream: StreamId) -> Option<(&String, &mut Member)> {
         self.members.iter_mut().find(|(_, member)| member.stream == Some(stream))
+    }
+
+    /// Where the worker of a stream stands.
+    pub(super) fn readiness_of(&self, stream: StreamId) -> Option<Readiness> {
+        self.members.values().find(|member| member.stream == Some(stream)).map(|member| member.readiness)
     }
 
     pub(super) fn hello(&mut self, stream: StreamId, joining: Joining, now: Duration, actions: &mut Vec<Action>) {
@@ -123,6 +192,9 @@ impl State {
         if let Some(old) = earlier.as_ref().and_then(|member| member.stream) {
             actions.push(Action::Close(old, Ending::Superseded));
         }
+        if joining.capacity.is_some() {
+            return self.pooled_hello(stream, joining, earlier, now, actions);
+        }
         let group = |member: &Member| Group { id: member.group_id.clone(), epoch: member.epoch };
         let known = earlier.as_ref().map(group).or_else(|| self.missing.get(&joining.worker_id).cloned());
         let back = known.as_ref().is_some_and(|group| group.epoch > 0 && group.epoch == joining.epoch);
@@ -136,27 +208,40 @@ impl State {
                 group
             }
         };
-        actions.push(Action::Assign { stream, group_id: group.id.clone(), epoch: group.epoch });
+        actions.push(Action::Assign { stream, group_id: group.id.clone(), epoch: group.epoch, seat: None });
         let earlier = earlier.filter(|_| back);
-        let member = Member {
-            stream: Some(stream),
-            group_id: group.id,
-            epoch: group.epoch,
-            endpoint: joining.endpoint,
-            model: joining.model,
-            measured: joining.measured,
-            // A process that is back stands where it stood until it says otherwise.
-            readiness: earlier.as_ref().map_or(Readiness::Loading, |member| member.readiness),
-            outstanding_rows: earlier.as_ref().map_or(0, |member| member.outstanding_rows),
-            requests: earlier.as_ref().map_or(0, |member| member.requests),
-            active: earlier.map_or(0, |member| member.active),
-            heard: now,
-        };
-        self.members.insert(joining.worker_id, member);
+        self.members.insert(joining.worker_id.clone(), Member::new(stream, joining, group, earlier, now));
+    }
+
+    /// A worker of the pool: back in its seat, or there for one.
+    fn pooled_hello(
+        &mut self,
+        stream: StreamId,
+        joining: Joining,
+        earlier: Option<Member>,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let worker_id = joining.worker_id.clone();
+        let seat = self.seat_of(&worker_id).map(|(slot, _)| slot.clone());
+        let back = seat.as_ref().filter(|slot| self.pool.placed[*slot].epoch == joining.epoch).map(group_id);
+        if joining.epoch > self.epoch_floor {
+            self.next_epoch(joining.epoch, actions);
+        }
+        let is_back = back.is_some();
+        let group = Group { id: back.unwrap_or_default(), epoch: joining.epoch };
+        let member = Member::new(stream, joining, group, earlier.filter(|_| is_back), now);
+        self.members.insert(worker_id.clone(), member);
+        match seat {
+            Some(_) if is_back => self.assign(&worker_id, actions),
+            // Another process in a rank's place: the group forms anew.
+            Some(_) => {}
+            None => self.release(&worker_id, actions),
+        }
     }
 
     /// An epoch above everything handed out, stored or reported, `seen` included.
-    fn next_epoch(&mut self, seen: u64, actions: &mut Vec<Action>) -> u64 {
+    pub(super) fn next_epoch(&mut self, seen: u64, actions: &mut Vec<Action>) -> u64 {
         self.epoch_floor = self.epoch_floor.max(seen).saturating_add(1);
         actions.push(Action::Persist(Fact::EpochFloor(self.epoch_floor)));
         self.epoch_floor
@@ -169,19 +254,31 @@ impl State {
         let worker_id = worker_id.clone();
         if beat.epoch > floor {
             // It was led by a controller whose epochs this one never saw: move above them.
+            if member.capacity.is_some() {
+                member.epoch = beat.epoch;
+                self.next_epoch(beat.epoch, actions);
+                if self.seat_of(&worker_id).is_none() {
+                    self.release(&worker_id, actions);
+                }
+                return;
+            }
             let group_id = member.group_id.clone();
             let epoch = self.next_epoch(beat.epoch, actions);
             if let Some(member) = self.members.get_mut(&worker_id) {
                 member.epoch = epoch;
                 member.readiness = Readiness::Loading;
             }
-            actions.push(Action::Assign { stream, group_id, epoch });
+            actions.push(Action::Assign { stream, group_id, epoch, seat: None });
             return;
         }
         (member.outstanding_rows, member.requests, member.active) = (beat.outstanding_rows, beat.requests, beat.active);
         // A report of an earlier epoch says that the worker lives, not that it serves in this one.
         if beat.epoch == member.epoch {
-            member.readiness = beat.readiness;
+            (member.problem, member.loaded_percent) = (beat.problem, beat.loaded_percent);
+            // One that was told to drain does.
+            if member.readiness != Readiness::Draining {
+                member.readiness = beat.readiness;
+            }
             if beat.readiness != Readiness::Loading {
                 self.missing.remove(&worker_id);
             }
@@ -235,7 +332,7 @@ impl State {
     pub(super) fn publish(&mut self, now: Duration, loads: bool, actions: &mut Vec<Action>) {
         // Grace: until the groups of the last run are back or a time-to-live has passed, a table would declare
         // them dead. Gateways keep what they know.
-        if !self.missing.is_empty() && now < self.ttl {
+        if (!self.missing.is_empty() || !self.pool.returning.is_empty()) && now < self.ttl {
             return;
         }
         let routes = self.routes();
@@ -258,7 +355,8 @@ impl State {
         let mut routes: Vec<_> = self
             .members
             .values()
-            .filter(|member| member.readiness == Readiness::Ready)
+            // Of a group of the pool only rank 0 has a model to say.
+            .filter(|member| member.readiness == Readiness::Ready && !member.model.name.is_empty())
             .map(|member| Route {
                 model: member.model.name.clone(),
                 group_id: member.group_id.clone(),

@@ -22,7 +22,7 @@ use thiserror::Error;
 pub struct ReadError(pub &'static str, pub Vec<String>);
 
 /// What is asked of a model.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Load {
     /// Requests that share every step; at least 1.
     pub concurrency: u32,
@@ -33,6 +33,8 @@ pub struct Load {
     pub latency_ms: Option<f64>,
     /// Least lower bound (95%) of the pass rate.
     pub floor: f64,
+    /// Those that may be chosen; none named: all.
+    pub block_sizes: Vec<u32>,
 }
 
 /// What a way to decode would do under a load.
@@ -69,6 +71,8 @@ pub enum Verdict {
     Chosen,
     /// Measured with other weights than the profile.
     OtherWeights,
+    /// Its block size is not among those that may be chosen.
+    NotAllowed,
     /// Its pass rate may be below the floor.
     BelowFloor {
         /// What is asked.
@@ -145,6 +149,7 @@ fn candidate(profile: &Profile, row: &Row, load: &Load) -> Candidate {
     let pass_rate_low = row.pass_rate_low();
     let verdict = match load.latency_ms {
         _ if row.dtype != profile.dtype => Verdict::OtherWeights,
+        _ if !load.block_sizes.is_empty() && !load.block_sizes.contains(&row.block_size) => Verdict::NotAllowed,
         _ if pass_rate_low < load.floor => Verdict::BelowFloor { floor: load.floor },
         Some(latency_ms) if prediction.block_ms > latency_ms => Verdict::TooSlow { latency_ms },
         _ => Verdict::Chosen,

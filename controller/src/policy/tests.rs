@@ -30,7 +30,7 @@ fn quality() -> Quality {
 }
 
 fn load(concurrency: u32) -> Load {
-    Load { concurrency, context: 0, latency_ms: None, floor: 0.9 }
+    Load { concurrency, context: 0, latency_ms: None, floor: 0.9, block_sizes: Vec::new() }
 }
 
 fn chosen(choice: &Choice) -> (u32, Option<f64>) {
@@ -142,7 +142,7 @@ proptest! {
         floor in 0f64..1.0,
     ) {
         let (profile, quality) = (profile(base, knee), Quality { rows });
-        let load = Load { concurrency, context: 0, latency_ms, floor };
+        let load = Load { concurrency, context: 0, latency_ms, floor, block_sizes: Vec::new() };
         let choice = choose(&profile, &quality, &load);
         let eligible = |c: &Candidate| {
             c.pass_rate_low >= floor && latency_ms.is_none_or(|limit| c.prediction.block_ms <= limit)
@@ -172,7 +172,7 @@ proptest! {
     ) {
         let (profile, quality) = (profile(base, knee), Quality { rows });
         let at = |concurrency| {
-            choose(&profile, &quality, &Load { concurrency, context: 0, latency_ms: Some(latency_ms), floor })
+            choose(&profile, &quality, &Load { concurrency, context: 0, latency_ms: Some(latency_ms), floor, block_sizes: Vec::new() })
         };
         let (calm, busy) = (at(fewer), at(fewer + more));
         let refused = |c: &Candidate| matches!(c.verdict, Verdict::BelowFloor { .. } | Verdict::TooSlow { .. });

@@ -5,6 +5,7 @@ use crate::model::{DecodeDefaults, Family, LoadOptions, ModelConfig, Reach, Shar
 use crate::policy::{Comparison, Policy};
 use crate::{Engine, Event, Limits, Request, RequestId, Sampling, Settings};
 use std::net::TcpListener;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 use unmask_kernels::comm::{TcpRank, threads};
@@ -95,7 +96,7 @@ fn tcp(ranks: usize) -> Vec<Comm> {
     thread::scope(|scope| {
         let form = |(rank, listener)| {
             let addresses = &addresses;
-            scope.spawn(move || TcpRank::form(rank, 1, listener, addresses, limit).unwrap())
+            scope.spawn(move || TcpRank::form(rank, 1, listener, addresses, limit, &AtomicBool::new(false)).unwrap())
         };
         let forming: Vec<_> = listeners.iter().enumerate().map(form).collect();
         forming.into_iter().map(|rank| Comm::Tcp(rank.join().unwrap())).collect()

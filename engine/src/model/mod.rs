@@ -25,6 +25,7 @@ pub use family::Family;
 pub use link::{Alone, Link, Operation};
 pub use loader::Share;
 pub use moe::Moe;
+pub use unmask_kernels::WeightType;
 pub use weights::TensorInfo;
 
 use std::path::{Path, PathBuf};

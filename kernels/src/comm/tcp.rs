@@ -17,6 +17,8 @@ const MAGIC: [u8; 8] = *b"unmask/1";
 const HELLO_BYTES: usize = 8 + 8 + 4 + 4;
 /// Epoch, number of the collective, length of what follows.
 const HEADER_BYTES: usize = 8 + 8 + 8;
+/// Ends a handshake.
+const CONFIRMED: u8 = 1;
 /// Between tries to reach a rank that does not listen yet.
 const RETRY: Duration = Duration::from_millis(20);
 /// Longest handshake of one connection.
@@ -42,17 +44,18 @@ pub struct TcpRank {
 
 impl TcpRank {
     /// Forms a group: every rank listens on its own entry of `addresses` and calls this with the same list. Ranks of
-    /// another epoch are turned away.
+    /// an earlier epoch are turned away, and waited for: they may be about to learn of this one. `stop` gives up.
     ///
     /// # Errors
-    /// [`CommError::TimedOut`] when a rank does not come before `deadline`, [`CommError::Epoch`] when this rank is the
-    /// one of another epoch.
+    /// [`CommError::TimedOut`] when a rank does not come before `deadline`, [`CommError::Epoch`] when others are of a later
+    /// epoch, [`CommError::Aborted`] when `stop` is set.
     pub fn form(
         rank: usize,
         epoch: u64,
         listener: &TcpListener,
         addresses: &[SocketAddr],
         deadline: Instant,
+        stop: &AtomicBool,
     ) -> Result<TcpRank, CommError> {
         let ranks = addresses.len();
         check_ranks(ranks);
@@ -61,6 +64,9 @@ impl TcpRank {
         let mut links: Vec<Option<TcpStream>> = (0..ranks.ilog2()).map(|_| None).collect();
         while let Some(level) = links.iter().position(Option::is_none) {
             let partner = rank ^ 1 << level;
+            if stop.load(Ordering::Acquire) {
+                return Err(CommError::Aborted);
+            }
             if Instant::now() >= deadline {
                 return Err(CommError::TimedOut { rank: partner, after: begun.elapsed() });
             }
@@ -304,8 +310,11 @@ fn connect(
         return Ok(None);
     }
     match read_hello(&mut link) {
-        Some((theirs, ..)) if theirs != epoch => Err(CommError::Epoch { mine: epoch, theirs }),
-        Some((_, _, theirs)) if theirs == ranks => Ok(Some(link)),
+        Some((theirs, ..)) if theirs > epoch => Err(CommError::Epoch { mine: epoch, theirs }),
+        // Said so that a connection that waited too long to be accepted is not taken for one.
+        Some((other, _, theirs)) if other == epoch && theirs == ranks => {
+            Ok(link.write_all(&[CONFIRMED]).is_ok().then_some(link))
+        }
         _ => Ok(None),
     }
 }
@@ -327,9 +336,14 @@ fn accept(
     let greeting = read_hello(&mut link);
     // A stranger is answered too: one of another epoch learns it from the answer.
     let answered = link.write_all(&hello(rank, ranks, epoch)).is_ok();
+    let mut confirmed = [0];
+    if let Some((theirs, ..)) = greeting.filter(|&(theirs, ..)| theirs > epoch) {
+        return Err(CommError::Epoch { mine: epoch, theirs });
+    }
     let partner = |other: usize| other > rank && other < ranks && (other ^ rank).is_power_of_two();
     Ok(greeting
         .filter(|&(theirs, other, count)| answered && theirs == epoch && count == ranks && partner(other))
+        .filter(|_| link.read_exact(&mut confirmed).is_ok() && confirmed == [CONFIRMED])
         .map(|(_, other, _)| (other, link)))
 }
 

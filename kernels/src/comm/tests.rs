@@ -2,9 +2,12 @@
 
 use super::*;
 use std::net::TcpListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 const LONG: Duration = Duration::from_secs(60);
+/// Nobody gives up.
+static GO: AtomicBool = AtomicBool::new(false);
 
 fn soon() -> Instant {
     Instant::now() + LONG
@@ -19,7 +22,7 @@ fn tcp(ranks: usize) -> Vec<Comm> {
             .enumerate()
             .map(|(rank, listener)| {
                 let addresses = &addresses;
-                scope.spawn(move || TcpRank::form(rank, 7, listener, addresses, soon()).unwrap())
+                scope.spawn(move || TcpRank::form(rank, 7, listener, addresses, soon(), &GO).unwrap())
             })
             .collect();
         forming.into_iter().map(|rank| Comm::Tcp(rank.join().unwrap())).collect()
@@ -166,14 +169,32 @@ fn an_abort_wakes_who_waits() {
 }
 
 #[test]
+fn forming_can_be_given_up_and_waits_for_a_rank_that_comes_to_this_epoch_later() {
+    let listeners: Vec<TcpListener> = (0..2).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let addresses: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| TcpRank::form(0, 6, &listeners[0], &addresses, soon(), &stop));
+        stop.store(true, Ordering::Release);
+        assert_eq!(waits.join().unwrap().err(), Some(CommError::Aborted));
+        let late = scope.spawn(|| TcpRank::form(1, 7, &listeners[1], &addresses, soon(), &GO));
+        // Whoever is of an earlier epoch learns it from the later one.
+        let early = TcpRank::form(0, 6, &listeners[0], &addresses, soon(), &GO).err().unwrap();
+        assert_eq!(early, CommError::Epoch { mine: 6, theirs: 7 });
+        assert!(TcpRank::form(0, 7, &listeners[0], &addresses, soon(), &GO).is_ok());
+        assert!(late.join().unwrap().is_ok());
+    });
+}
+
+#[test]
 fn a_rank_of_another_epoch_is_turned_away_and_the_group_forms_without_it() {
     let listeners: Vec<TcpListener> = (0..2).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
     let addresses: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
     thread::scope(|scope| {
-        let first = scope.spawn(|| TcpRank::form(0, 7, &listeners[0], &addresses, soon()));
-        let stale = TcpRank::form(1, 6, &listeners[1], &addresses, soon()).err().unwrap();
+        let first = scope.spawn(|| TcpRank::form(0, 7, &listeners[0], &addresses, soon(), &GO));
+        let stale = TcpRank::form(1, 6, &listeners[1], &addresses, soon(), &GO).err().unwrap();
         assert_eq!(stale, CommError::Epoch { mine: 6, theirs: 7 });
-        assert!(TcpRank::form(1, 7, &listeners[1], &addresses, soon()).is_ok());
+        assert!(TcpRank::form(1, 7, &listeners[1], &addresses, soon(), &GO).is_ok());
         assert!(first.join().unwrap().is_ok());
     });
 }

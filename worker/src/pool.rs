@@ -1,0 +1,262 @@
+//! A worker of the pool: takes the seats that it is assigned, one after the other.
+//!
+//! A seat is one rank of a group. Weights stay in memory from one seat to the next where it needs the same: a group that forms
+//! anew after a rank was lost loads nothing but what is new. The last order counts; whatever is under way for an earlier
+//! one is given up.
+
+use crate::config::{Config, Pool};
+use crate::descriptor::TokenizerFiles;
+use crate::group::{engine, follow_rank, form, listen, load_share};
+use crate::membership::{Membership, Order, Readiness};
+use crate::service::Serving;
+use crate::{Host, WorkerError, join_threads, limits, no_thread, start};
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use tokio::sync::{oneshot, watch};
+use tokio::task::spawn_blocking;
+use tokio_util::sync::CancellationToken;
+use unmask_engine::group::{AbortHandle, Comm};
+use unmask_engine::model::{Progress, Share, WeightType};
+use unmask_engine::{LoadOptions, Model};
+use unmask_proto::v1::Seat;
+
+/// Listens for other ranks; how they reach it.
+pub(crate) fn meeting_place(pool: &Pool, listening: SocketAddr) -> Result<(TcpListener, String), WorkerError> {
+    let address = pool.rank_listen.clone().unwrap_or_else(|| SocketAddr::new(listening.ip(), 0).to_string());
+    let listener = listen(&address)?;
+    let failed = |source| WorkerError::System { action: "listening for other ranks", source };
+    let address = listener.local_addr().map_err(failed)?;
+    match &pool.rank_advertise {
+        Some(advertised) => Ok((listener, advertised.clone())),
+        None if address.ip().is_unspecified() => Err(WorkerError::Config(crate::ConfigError(vec![format!(
+            "pool.rank_advertise: is needed when listening on {address}: give the host:port other ranks reach this worker at"
+        )]))),
+        None => Ok((listener, address.to_string())),
+    }
+}
+
+/// Takes seats.
+pub(crate) struct Pooled {
+    config: Config,
+    membership: Arc<Membership>,
+    serving: watch::Sender<Option<Arc<Serving>>>,
+    open: watch::Sender<usize>,
+    listener: Arc<TcpListener>,
+    /// Weights of the last seat.
+    held: Option<Held>,
+}
+
+/// Weights in memory, and what they are.
+struct Held {
+    dir: PathBuf,
+    dtype: WeightType,
+    share: Share,
+    model: Arc<Model>,
+}
+
+impl Pooled {
+    pub(crate) fn new(host: &Host, listener: TcpListener) -> Self {
+        Self {
+            config: host.config.clone(),
+            membership: Arc::clone(&host.membership),
+            serving: host.serving.clone(),
+            open: host.open.clone(),
+            listener: Arc::new(listener),
+            held: None,
+        }
+    }
+
+    /// Follows orders until `end`.
+    pub(crate) async fn run(mut self, end: CancellationToken) {
+        let mut orders = self.membership.orders();
+        // Ends what an order has under way.
+        let changed = async |orders: &mut watch::Receiver<Option<Order>>| {
+            tokio::select! {
+                _ = orders.changed() => {}
+                () = end.cancelled() => {}
+            }
+        };
+        while !end.is_cancelled() {
+            let order = orders.borrow_and_update().clone();
+            let Some(Order { epoch, seat: Some(seat) }) = order else {
+                changed(&mut orders).await;
+                continue;
+            };
+            let stop = Arc::new(AtomicBool::new(false));
+            let mut taking = spawn_blocking({
+                let (config, listener, held) = (self.config.clone(), Arc::clone(&self.listener), self.held.take());
+                let (membership, stop) = (Arc::clone(&self.membership), Arc::clone(&stop));
+                move || Taking { config, listener, membership, epoch, seat, stop }.run(held)
+            });
+            let taken = tokio::select! {
+                taken = &mut taking => taken,
+                () = changed(&mut orders) => {
+                    stop.store(true, Ordering::Release);
+                    taking.await
+                }
+            };
+            let taken = taken.map_err(WorkerError::from).and_then(|(held, taken)| {
+                self.held = held;
+                taken
+            });
+            match taken {
+                Ok(_) if stop.load(Ordering::Acquire) => {}
+                Ok(Taken::Leads { serving, thread, abort }) => {
+                    self.lead(epoch, serving, thread, abort, changed(&mut orders)).await;
+                }
+                Ok(Taken::Follows { thread, ended, abort }) => {
+                    self.follow(epoch, thread, ended, abort, changed(&mut orders)).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, epoch, "no seat in the group");
+                    self.membership.stand(epoch, Readiness::Fenced(error.to_string()));
+                    if !stop.load(Ordering::Acquire) {
+                        changed(&mut orders).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Serves until the group is over and another order has come.
+    async fn lead(
+        &self,
+        epoch: u64,
+        serving: Serving,
+        thread: JoinHandle<()>,
+        abort: AbortHandle,
+        ordered: impl Future<Output = ()>,
+    ) {
+        let runner = serving.runner.clone();
+        self.serving.send_replace(Some(Arc::new(serving)));
+        self.membership.stand(epoch, Readiness::Ready);
+        let mut failure = runner.watch_failure();
+        let over = async { drop(failure.wait_for(Option::is_some).await) };
+        tokio::pin!(ordered);
+        tokio::select! {
+            () = &mut ordered => {}
+            () = over => {
+                self.serving.send_replace(None);
+                let why = runner.failure().map_or_else(String::new, |error| error.to_string());
+                self.membership.stand(epoch, Readiness::Fenced(why));
+                ordered.await;
+            }
+        }
+        if self.membership.standing().readiness == Readiness::Spare {
+            self.finish().await;
+        }
+        self.serving.send_replace(None);
+        abort.abort();
+        runner.stop();
+        join_threads(vec![("engine", thread)]).await;
+    }
+
+    /// One that has become a spare finishes what it holds, up to the drain limit or another order.
+    async fn finish(&self) {
+        let (mut open, mut orders) = (self.open.subscribe(), self.membership.orders());
+        let another = |order: &Option<Order>| order.as_ref().is_some_and(|order| order.seat.is_some());
+        tokio::select! {
+            () = async { drop(open.wait_for(|open| *open == 0).await) } => {}
+            () = async { drop(orders.wait_for(another).await) } => {}
+            () = tokio::time::sleep(self.config.drain_limit) => {}
+        }
+    }
+
+    /// Computes its share until the group is over and another order has come.
+    async fn follow(
+        &self,
+        epoch: u64,
+        thread: JoinHandle<()>,
+        ended: oneshot::Receiver<String>,
+        abort: AbortHandle,
+        ordered: impl Future<Output = ()>,
+    ) {
+        self.membership.stand(epoch, Readiness::Ready);
+        tokio::pin!(ordered);
+        tokio::select! {
+            () = &mut ordered => {}
+            why = ended => {
+                let why = why.unwrap_or_else(|_| "the rank's thread panicked".into());
+                tracing::warn!(why, epoch, "the group is over");
+                self.membership.stand(epoch, Readiness::Fenced(why));
+                ordered.await;
+            }
+        }
+        abort.abort();
+        join_threads(vec![("rank", thread)]).await;
+    }
+}
+
+/// A seat that is taken.
+enum Taken {
+    Leads { serving: Serving, thread: JoinHandle<()>, abort: AbortHandle },
+    Follows { thread: JoinHandle<()>, ended: oneshot::Receiver<String>, abort: AbortHandle },
+}
+
+/// Everything that takes long, for a thread that may block.
+struct Taking {
+    config: Config,
+    listener: Arc<TcpListener>,
+    membership: Arc<Membership>,
+    epoch: u64,
+    seat: Seat,
+    stop: Arc<AtomicBool>,
+}
+
+impl Taking {
+    /// Loads what is missing, meets the other ranks, and proves that the group computes. Weights stay whatever happens.
+    fn run(self, held: Option<Held>) -> (Option<Held>, Result<Taken, WorkerError>) {
+        let held = match self.load(held) {
+            Ok(held) => held,
+            Err(error) => return (None, Err(error)),
+        };
+        let taken = self.take(&held);
+        (Some(held), taken)
+    }
+
+    fn load(&self, held: Option<Held>) -> Result<Held, WorkerError> {
+        let Seat { path, dtype, rank, rank_addresses, .. } = &self.seat;
+        let unknown = || WorkerError::Config(crate::ConfigError(vec![format!("dtype: `{dtype}` is unknown")]));
+        let dtype = WeightType::named(dtype).ok_or_else(unknown)?;
+        let (dir, share) = (PathBuf::from(path), Share { rank: *rank as usize, ranks: rank_addresses.len() });
+        let same = |held: &Held| held.dir == dir && held.dtype == dtype && held.share == share;
+        if let Some(held) = held.filter(same) {
+            tracing::info!(path, rank, "the weights are here");
+            return Ok(held);
+        }
+        let (membership, epoch) = (Arc::clone(&self.membership), self.epoch);
+        let progress = Progress(Arc::new(move |done, of| {
+            membership.stand(epoch, Readiness::Loading(100 * done / of.max(1)));
+        }));
+        let options = LoadOptions { dtype, share, progress: Some(progress), ..self.config.load.clone() };
+        Ok(Held { model: load_share(&dir, &options)?, dir, dtype, share })
+    }
+
+    fn take(self, held: &Held) -> Result<Taken, WorkerError> {
+        let Self { config, listener, epoch, seat, stop, .. } = self;
+        let Share { rank, ranks } = held.share;
+        let mut comm = match ranks {
+            1 => None,
+            _ => Some(form(&seat.rank_addresses, rank, epoch, &listener, &stop).map_err(WorkerError::Group)?),
+        };
+        let abort = comm.as_ref().map_or(AbortHandle::Solo, Comm::abort_handle);
+        if let Some(comm) = comm.take_if(|_| rank > 0) {
+            let (model, (end, ended)) = (Arc::clone(&held.model), oneshot::channel());
+            let body = move || {
+                let result = follow_rank(model, comm);
+                let why = result.map_or_else(|error| error.to_string(), |()| "rank 0 ended the group".into());
+                let _ = end.send(why);
+            };
+            let thread = std::thread::Builder::new().name(format!("unmask-rank-{rank}")).spawn(body);
+            return Ok(Taken::Follows { thread: thread.map_err(no_thread)?, ended, abort });
+        }
+        let tokenizer = TokenizerFiles::read(&held.dir)?;
+        let engine = engine(&held.model, limits(&config, &held.model), comm)?;
+        let assigned = Some((seat.model, epoch));
+        let (serving, _, thread) = start(&config, &held.dir, assigned, tokenizer, &held.model, engine)?;
+        Ok(Taken::Leads { serving, thread, abort })
+    }
+}
