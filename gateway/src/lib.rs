@@ -13,7 +13,8 @@
 //! - `edit`: a text in pieces to a draft, and back to what changed (pure)
 //! - `relay`: one stream from worker to client; continuation elsewhere
 //! - `stream`: order, no position twice, stop strings, text (pure)
-//! - `routes`, `circuit`, `watch`: which groups there are; which of them break; following the controller
+//! - `routes`, `route`, `watch`: which groups there are, and the choice of one; one of them; following the controller
+//! - `circuit`, `latency`: whether a group breaks, how soon it answers (pure)
 //! - [`policy`]: policies as JSON
 //! - `openai`: the same requests over HTTP, as OpenAI's clients make them
 //! - `upstream`, `tokenizers`: connections to workers; tokenizers by digest
@@ -21,10 +22,12 @@
 mod circuit;
 pub mod config;
 mod edit;
+mod latency;
 mod openai;
 pub mod policy;
 mod prompt;
 mod relay;
+mod route;
 mod routes;
 mod service;
 mod settings;

@@ -1,6 +1,7 @@
 //! One request's stream from a worker to its client; on to another group when the worker breaks.
 
-use crate::routes::{Lease, RETRY_AFTER, Route};
+use crate::route::{Lease, Route};
+use crate::routes::RETRY_AFTER;
 use crate::stream::Assembler;
 use crate::upstream::{Upstream, Verdict, forward, judge};
 use std::ops::ControlFlow;
@@ -130,10 +131,11 @@ impl Relay {
             let rows = message.prompt_ids.len() as u64 + u64::from(self.job.settings.max_tokens);
             self.lease = Some(route.lease(rows.saturating_sub(message.committed_ids.len() as u64)));
             let recomputed = message.committed_ids.len() as u32 / self.job.settings.block_size.max(1);
+            let asked = Instant::now();
             let opened = self.upstream.workers.run(&route, &self.upstream.routes, message, self.job.deadline).await;
             let status = match opened {
                 Ok(stream) => {
-                    route.answered();
+                    route.took(asked.elapsed(), Instant::now().into_std());
                     self.blocks_recomputed += recomputed;
                     self.attempts += 1;
                     return Ok(stream);

@@ -4,7 +4,7 @@
 use crate::edit::{self, Changes};
 use crate::prompt;
 use crate::relay::{Client, EVENTS_MAX, Job, Permits, Relay, stopping};
-use crate::routes::Route;
+use crate::route::Route;
 use crate::settings;
 use crate::stack::Deadline;
 use crate::stream::Assembler;

@@ -1,6 +1,7 @@
 //! Connections to workers, and what their errors mean.
 
-use crate::routes::{Route, Routes};
+use crate::route::Route;
+use crate::routes::Routes;
 use std::collections::HashMap;
 use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
