@@ -14,11 +14,12 @@
 //! - `relay`: one stream from worker to client; continuation elsewhere
 //! - `stream`: order, no position twice, stop strings, text (pure)
 //! - `routes`, `route`, `watch`: which groups there are, and the choice of one; one of them; following the controller
-//! - `circuit`, `latency`: whether a group breaks, how soon it answers (pure)
+//! - `circuit`, `latency`, `affinity`: whether a group breaks, how soon it answers, which prompts belong to it (pure)
 //! - [`policy`]: policies as JSON
 //! - `openai`: the same requests over HTTP, as OpenAI's clients make them
 //! - `upstream`, `tokenizers`: connections to workers; tokenizers by digest
 
+mod affinity;
 mod circuit;
 pub mod config;
 mod edit;

@@ -1,5 +1,6 @@
 //! One request's stream from a worker to its client; on to another group when the worker breaks.
 
+use crate::affinity::Prefix;
 use crate::route::{Lease, Route};
 use crate::routes::RETRY_AFTER;
 use crate::stream::Assembler;
@@ -74,6 +75,7 @@ pub(crate) struct Relay {
     upstream: Arc<Upstream>,
     job: Job,
     assembler: Assembler,
+    prefix: Option<Prefix>,
     /// Groups, with their epochs, that broke or were busy.
     failed: Vec<(String, u64)>,
     /// Groups that took the request since the last new token.
@@ -92,7 +94,10 @@ pub(crate) struct Relay {
 
 impl Relay {
     pub(crate) fn new(upstream: Arc<Upstream>, job: Job, assembler: Assembler) -> Self {
+        // A text to edit is cached nowhere.
+        let prefix = Prefix::of(job.salt, &job.prompt);
         Self {
+            prefix,
             upstream,
             job,
             assembler,
@@ -190,7 +195,7 @@ impl Relay {
         let failed = std::mem::take(&mut self.failed);
         let fresh = |route: &Route| same(route) && !failed.iter().any(|(g, e)| *g == route.group && *e == route.epoch);
         let mut tables = self.upstream.routes.watch();
-        let now = tables.borrow_and_update().pick(Instant::now().into_std(), fresh);
+        let now = tables.borrow_and_update().pick(Instant::now().into_std(), self.prefix, fresh);
         let left = self.left();
         if let (None, Some((Verdict::Busy, status)), None) = (&now, last, left) {
             return Err(forward(status));
@@ -200,7 +205,9 @@ impl Relay {
             // Whether it came or not, the table is asked again.
             let _ = timeout(REROUTE_WAIT, wait).await;
         }
-        if let Some(route) = now.or_else(|| self.upstream.routes.table().pick(Instant::now().into_std(), fresh)) {
+        if let Some(route) =
+            now.or_else(|| self.upstream.routes.table().pick(Instant::now().into_std(), self.prefix, fresh))
+        {
             self.failed = failed;
             return Ok(route);
         }
@@ -208,7 +215,7 @@ impl Relay {
             let wait = tables.wait_for(|table| table.routes.iter().any(|route| same(route)));
             let _ = timeout(left, wait).await;
         }
-        self.upstream.routes.table().pick(Instant::now().into_std(), same).ok_or_else(|| {
+        self.upstream.routes.table().pick(Instant::now().into_std(), self.prefix, same).ok_or_else(|| {
             let message = format!("model `{}` has no ready group at present", model.name);
             rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
         })

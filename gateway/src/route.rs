@@ -1,5 +1,6 @@
 //! One group as requests see it: whether it works, what it holds, how soon it answers.
 
+use crate::affinity;
 use crate::circuit::Circuit;
 use crate::latency::PeakEwma;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +15,8 @@ const LATENCY_DEFAULT: f64 = 0.01;
 #[derive(Debug, Clone)]
 pub(crate) struct Route {
     pub group: String,
+    /// Of the group's name: see [`Prefix::weight`](crate::affinity::Prefix::weight).
+    pub digest: u64,
     pub epoch: u64,
     /// host:port of its worker.
     pub endpoint: String,
@@ -45,6 +48,7 @@ impl Route {
         let incarnation = same.map_or_else(Default::default, |same| Arc::clone(&same.incarnation));
         let name = if route.model.is_empty() { descriptor.name } else { route.model };
         Some(Self {
+            digest: affinity::digest(route.group_id.as_bytes()),
             group: route.group_id,
             epoch: route.epoch,
             endpoint: route.endpoint,

@@ -1,5 +1,6 @@
 //! Which groups serve which model: the controller's table, and the choice of a group for a request.
 
+use crate::affinity::{Prefix, acceptable};
 use crate::route::{Route, usual};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -68,25 +69,33 @@ impl Table {
 
     /// A group for a request, among those that `wanted` admits: one whose circuit is due for a probe, which the request
     /// then is, else as [`Table::choose`].
-    pub(crate) fn pick(&self, now: Instant, wanted: impl Fn(&Route) -> bool) -> Option<Arc<Route>> {
+    pub(crate) fn pick(
+        &self,
+        now: Instant,
+        prefix: Option<Prefix>,
+        wanted: impl Fn(&Route) -> bool,
+    ) -> Option<Arc<Route>> {
         let probe = self.routes.iter().find(|route| wanted(route) && route.circuit().probe(now));
-        probe.map(Arc::clone).or_else(|| self.choose(now, wanted))
+        probe.map(Arc::clone).or_else(|| self.choose(now, prefix, wanted))
     }
 
     /// Among groups that `wanted` admits the one with the lower score of two drawn among those with a closed circuit
-    /// ("power of two choices", Mitzenmacher 2001), else of two drawn among all.
-    fn choose(&self, now: Instant, wanted: impl Fn(&Route) -> bool) -> Option<Arc<Route>> {
+    /// ("power of two choices", Mitzenmacher 2001), else of two drawn among all; or the one that likely has the prefix
+    /// cached, if it is not much worse.
+    fn choose(&self, now: Instant, prefix: Option<Prefix>, wanted: impl Fn(&Route) -> bool) -> Option<Arc<Route>> {
         let mut candidates: Vec<_> = self.routes.iter().filter(|route| wanted(route)).collect();
         if candidates.iter().any(|route| route.circuit().is_closed()) {
             candidates.retain(|route| route.circuit().is_closed());
         }
         let usual = usual(&candidates);
-        let draw = || {
-            let route = candidates.get(rand::random_range(0..candidates.len().max(1)))?;
-            Some((route.score(now, usual), route))
-        };
+        let scored = |route: &Arc<Route>| (route.score(now, usual), Arc::clone(route));
+        let draw = || candidates.get(rand::random_range(0..candidates.len().max(1))).map(|route| scored(route));
         let (first, second) = (draw()?, draw()?);
-        Some(Arc::clone(if second.0 < first.0 { second.1 } else { first.1 }))
+        let better = if second.0 < first.0 { second } else { first };
+        let preferred = prefix.and_then(|prefix| candidates.iter().max_by_key(|route| prefix.weight(route.digest)));
+        let preferred = preferred.map(|route| scored(route));
+        let (_, route) = preferred.filter(|(score, _)| acceptable(*score, better.0, usual)).unwrap_or(better);
+        Some(route)
     }
 
     /// Some group of a model by name, one that works where there is one; an empty name stands for the only model.

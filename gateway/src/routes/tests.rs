@@ -4,12 +4,12 @@ use super::*;
 
 /// A group drawn among those of a name.
 fn drawn(routes: &Routes, group: &str) -> Arc<Route> {
-    routes.table().choose(Instant::now(), |route| route.group == group).unwrap()
+    routes.table().choose(Instant::now(), None, |route| route.group == group).unwrap()
 }
 
 /// How many of 400 requests a group gets.
 fn count(routes: &Routes, now: Instant, group: &str) -> usize {
-    (0..400).filter(|_| routes.table().choose(now, |_| true).is_some_and(|route| route.group == group)).count()
+    (0..400).filter(|_| routes.table().choose(now, None, |_| true).is_some_and(|route| route.group == group)).count()
 }
 
 fn route(model: &str, group: &str, reported: u64) -> v1::Route {
@@ -55,7 +55,7 @@ fn the_less_loaded_of_two_is_taken_and_own_work_counts_until_it_ends() {
     assert!((40..160).contains(&count(&routes, now, "2")));
     drop(lease);
     assert!(count(&routes, now, "2") > 240);
-    assert!(routes.table().choose(now, |_| false).is_none());
+    assert!(routes.table().choose(now, None, |_| false).is_none());
 }
 
 #[test]
@@ -72,6 +72,27 @@ fn a_group_that_answers_slowly_gets_less_until_that_is_long_ago() {
     routes.replace(table(vec![route("a", "slow", 10), route("a", "quick", 30), route("a", "new", 31)]));
     assert!(count(&routes, now, "slow") < 90);
     assert!(count(&routes, now + Duration::from_secs(100), "slow") > 200);
+}
+
+#[test]
+fn prompts_that_begin_alike_go_together_until_their_group_has_much_more_to_do() {
+    let (routes, now) = (Routes::new(), Instant::now());
+    routes.replace(table((0..5).map(|i| route("a", &i.to_string(), 0)).collect()));
+    let prefix = Prefix::of(0, &[7; 40]);
+    let chosen = |routes: &Routes| routes.table().choose(now, prefix, |_| true).unwrap();
+    let first = chosen(&routes);
+    let together = |routes: &Routes| (0..100).filter(|_| chosen(routes).group == first.group).count();
+    assert_eq!(together(&routes), 100);
+    let lease = first.lease(500);
+    assert_eq!(together(&routes), 100, "a few requests ahead");
+    let more = first.lease(500);
+    assert!(together(&routes) < 20);
+    drop((lease, more));
+    first.took(Duration::from_millis(10), now);
+    assert_eq!(together(&routes), 100);
+    // Broken, it is passed over.
+    first.broke();
+    assert_eq!(together(&routes), 0);
 }
 
 #[test]
@@ -111,6 +132,6 @@ fn only_a_request_probes_a_group_that_broke() {
     let later = Instant::now() + Duration::from_secs(1);
     // Whoever looks the model up sends nothing there.
     (0..100).for_each(|_| assert_eq!(table.model("a").unwrap().group, "2"));
-    assert_eq!(table.pick(later, |_| true).unwrap().group, "1");
-    (0..100).for_each(|_| assert_eq!(table.pick(later, |_| true).unwrap().group, "2"));
+    assert_eq!(table.pick(later, None, |_| true).unwrap().group, "1");
+    (0..100).for_each(|_| assert_eq!(table.pick(later, None, |_| true).unwrap().group, "2"));
 }
