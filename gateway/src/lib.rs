@@ -15,11 +15,13 @@
 //! - `stream`: order, no position twice, stop strings, text (pure)
 //! - `routes`, `route`, `watch`: which groups there are, and the choice of one; one of them; following the controller
 //! - `circuit`, `latency`, `affinity`: whether a group breaks, how soon it answers, which prompts belong to it (pure)
+//! - `budget`: how often requests are submitted again (pure)
 //! - [`policy`]: policies as JSON
 //! - `openai`: the same requests over HTTP, as OpenAI's clients make them
 //! - `upstream`, `tokenizers`: connections to workers; tokenizers by digest
 
 mod affinity;
+mod budget;
 mod circuit;
 pub mod config;
 mod edit;
@@ -42,10 +44,9 @@ mod watch;
 
 pub use config::{Config, ConfigError, RawConfig};
 
-use crate::routes::Routes;
 use crate::service::{LONG_TEXTS_MAX, Service};
 use crate::tokenizers::Tokenizers;
-use crate::upstream::{Upstream, Workers};
+use crate::upstream::Upstream;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -153,7 +154,7 @@ pub async fn run(
 
 fn service(config: &Config) -> Service {
     Service {
-        upstream: Arc::new(Upstream { routes: Arc::new(Routes::new()), workers: Workers::default() }),
+        upstream: Arc::new(Upstream::new()),
         tokenizers: Tokenizers::default(),
         streams: Arc::new(Semaphore::new(config.streams_max)),
         streams_max: config.streams_max,

@@ -159,9 +159,20 @@ impl Relay {
             if self.left().map_or(opening >= OPENINGS_MAX, |left| left.is_zero()) {
                 return Err(lost(verdict, &status));
             }
+            self.spend_retry(&status)?;
             last = Some((verdict, status));
         }
         Err(lost(Verdict::Broken, &Status::unavailable("too many groups were asked")))
+    }
+
+    /// Submitting again spends from the gateway's budget. A stream that has begun goes on all the same.
+    fn spend_retry(&self, last: &Status) -> Result<(), Status> {
+        let spent = self.upstream.retries().withdraw(Instant::now().into_std());
+        if spent || self.patience.is_some() {
+            return Ok(());
+        }
+        let message = format!("too many requests go elsewhere already; a group said: {}", last.message());
+        Err(rich::retryable(Code::Unavailable, "RETRY_BUDGET", message, RETRY_AFTER))
     }
 
     fn give_up_group(&mut self, verdict: Verdict, status: &Status) {
@@ -299,6 +310,7 @@ impl Relay {
             if self.attempts >= ATTEMPTS_MAX {
                 return Err(lost(Verdict::Broken, &status));
             }
+            self.spend_retry(&status)?;
             worker = self.open().await?;
         }
     }

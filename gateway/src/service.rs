@@ -219,6 +219,7 @@ impl Service {
         assembler: Assembler,
         permits: Permits,
     ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
+        self.upstream.retries().deposit(Instant::now().into_std());
         let mut relay = Relay::new(Arc::clone(&self.upstream), job, assembler);
         let first = match relay.over() {
             Some(_) => None,

@@ -192,6 +192,41 @@ async fn a_busy_group_is_passed_over_and_when_all_are_busy_the_client_hears_it()
 }
 
 #[tokio::test]
+async fn requests_that_have_not_begun_go_elsewhere_only_so_often_and_begun_streams_always() {
+    let (gateway, mut worker) = one().await;
+    let mut stream = gateway.generate(text("p")).await.unwrap();
+    stream.started().await;
+    let mut run = worker.run().await;
+    run.commit(&ids("ab")).await;
+    stream.commit().await;
+    // Refusals do not open circuits, so every request asks three groups.
+    let full = unmask_proto::rich::retryable(Code::ResourceExhausted, "QUEUE_FULL", "full", Duration::from_secs(1));
+    let busy = [Worker::start().await, Worker::start().await, Worker::start().await];
+    busy.iter().for_each(|worker| *worker.refusal.lock().unwrap() = Some(full.clone()));
+    gateway.set_routes(["c", "d", "e"].iter().zip(&busy).map(|(group, worker)| worker.route(group, 1)).collect()).await;
+    let mut asked = 0;
+    let refused = loop {
+        let status = gateway.generate(text("p")).await.unwrap_err();
+        if status.get_details_error_info().unwrap().reason != "QUEUE_FULL" {
+            break status;
+        }
+        asked += 1;
+    };
+    let reason = refused.get_details_error_info().unwrap().reason;
+    assert_eq!((refused.code(), reason.as_str()), (Code::Unavailable, "RETRY_BUDGET"));
+    assert!(refused.get_details_retry_info().is_some());
+    assert!(asked >= 50, "{asked} requests spent what was saved up");
+    // The stream that has begun goes on.
+    gateway.set_routes(vec![worker.route("a", 2)]).await;
+    run.fail(Status::unavailable("going down")).await;
+    let mut run = worker.run().await;
+    assert_eq!(run.request.committed_ids, ids("ab"));
+    run.commit(&ids("cd")).await;
+    run.finish(FinishReason::Eos).await;
+    assert_eq!(stream.all().await.unwrap().ids, ids("cd"));
+}
+
+#[tokio::test]
 async fn a_client_that_goes_frees_its_work_at_once() {
     let (gateway, mut worker) = one().await;
     let mut stream = gateway.generate(text("p")).await.unwrap();
