@@ -1,5 +1,6 @@
 //! One request's stream from a worker to its client; on to another group when the worker breaks.
 
+use crate::admission::Ticket;
 use crate::affinity::Prefix;
 use crate::route::{Lease, Route};
 use crate::routes::RETRY_AFTER;
@@ -53,11 +54,8 @@ pub(crate) struct Client {
     /// The gateway ends.
     pub stop: CancellationToken,
     /// Count the stream for as long as it lasts: the gateway's, and its tenant's where it has a limit.
-    pub _permits: Permits,
+    pub _permits: (Ticket, Option<OwnedSemaphorePermit>),
 }
-
-/// The gateway's permit, and the tenant's.
-pub(crate) type Permits = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
 
 impl Client {
     async fn send(&self, event: Event) -> Result<(), Status> {

@@ -385,7 +385,8 @@ async fn a_client_that_takes_nothing_is_given_up() {
     let mut worker = Worker::start().await;
     let gateway = Gateway::configured(vec![worker.route("a", 1)], |config| {
         config.stall_limit = Duration::from_millis(200);
-        config.streams_max = 1;
+        config.admission.streams_max = 1;
+        config.admission.queue_max = 0;
     })
     .await;
     let decoding = Decoding { max_tokens: Some(4000), ..Default::default() };
