@@ -2,7 +2,7 @@
 //!
 //! While fewer rows and streams are under way than the limits say, the next one that waits begins, whatever its size: room
 //! is never left unused, and no large request waits for ever behind small ones. So rows under way exceed their limit by less
-//! than one request.
+//! than one request, not counting streams that began elsewhere, which do not wait.
 
 use crate::fair::{Asked, Fair, Place};
 use crate::relay::stopping;

@@ -127,6 +127,27 @@ async fn a_broken_stream_goes_on_with_another_group_and_the_client_sees_nothing(
 }
 
 #[tokio::test]
+async fn prompts_that_begin_alike_go_to_one_group_and_to_the_other_when_that_breaks() {
+    let (gateway, mut a, mut b) = two().await;
+    let preamble = "def is_prime(n):\n    return all(n % i for i in range(2, n))\n".repeat(8);
+    assert!(ids(&preamble).len() > 64);
+    let mut taken = Vec::new();
+    for turn in 0..10 {
+        let stream = gateway.generate(text(&format!("{preamble}# {turn}\n"))).await.unwrap();
+        let (run, at_a) = whichever(&mut a, &mut b).await;
+        taken.push(at_a);
+        run.finish(FinishReason::Eos).await;
+        stream.all().await.unwrap();
+    }
+    assert!(taken.iter().all(|at_a| *at_a == taken[0]), "{taken:?}");
+    let (preferred, mut other) = if taken[0] { (a, b) } else { (b, a) };
+    *preferred.refusal.lock().unwrap() = Some(Status::unavailable("gone"));
+    let stream = gateway.generate(text(&preamble)).await.unwrap();
+    other.run().await.finish(FinishReason::Eos).await;
+    stream.all().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_group_that_comes_back_with_a_higher_epoch_takes_the_request_again() {
     let (gateway, mut worker) = one().await;
     *worker.refusal.lock().unwrap() =
