@@ -7,7 +7,8 @@ fn drawn(routes: &Routes, group: &str) -> Arc<Route> {
     routes.table().choose(Instant::now(), None, |route| route.group == group).unwrap()
 }
 
-/// How many of 400 requests a group gets.
+/// How many of 400 requests a group gets: of three with different scores 222, 133 and 44 on average, of two 300 and 100.
+/// What tests allow is five standard deviations away.
 fn count(routes: &Routes, now: Instant, group: &str) -> usize {
     (0..400).filter(|_| routes.table().choose(now, None, |_| true).is_some_and(|route| route.group == group)).count()
 }
@@ -62,7 +63,7 @@ fn the_less_loaded_of_two_is_taken_and_own_work_counts_until_it_ends() {
 fn a_group_that_answers_slowly_gets_less_until_that_is_long_ago() {
     let (routes, now) = (Routes::new(), Instant::now());
     routes.replace(table(vec![route("a", "slow", 10), route("a", "quick", 30), route("a", "new", 31)]));
-    assert!(count(&routes, now, "slow") > 200, "none is measured: rows decide");
+    assert!(count(&routes, now, "slow") > 170, "none is measured: rows decide");
     drawn(&routes, "slow").took(Duration::from_millis(100), now);
     drawn(&routes, "quick").took(Duration::from_millis(10), now);
     // One that was not measured counts as the quicker half.
@@ -71,7 +72,7 @@ fn a_group_that_answers_slowly_gets_less_until_that_is_long_ago() {
     // What was measured carries over, and so much later counts no more.
     routes.replace(table(vec![route("a", "slow", 10), route("a", "quick", 30), route("a", "new", 31)]));
     assert!(count(&routes, now, "slow") < 90);
-    assert!(count(&routes, now + Duration::from_secs(100), "slow") > 200);
+    assert!(count(&routes, now + Duration::from_secs(100), "slow") > 170);
 }
 
 #[test]
