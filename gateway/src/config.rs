@@ -1,5 +1,7 @@
 //! Settings of a gateway, as written and as validated.
 
+use crate::admission::Limits;
+use crate::stack::ANSWER_LIMIT;
 use crate::tenants::{RawTenant, Tenants};
 use serde::Deserialize;
 use std::time::Duration;
@@ -7,8 +9,9 @@ use thiserror::Error;
 use unmask_proto::controllers::Controllers;
 use unmask_proto::network::Network;
 
-/// Most Generate streams at once, when nothing else is configured.
-pub const STREAMS_MAX: usize = 512;
+/// What may be under way and wait, when nothing else is configured: as many rows as 512 streams of 16384 have.
+pub const ADMISSION: Limits =
+    Limits { rows_max: 8 << 20, streams_max: 512, queue_max: 512, queue_wait: Duration::from_secs(30) };
 /// Longest wait at shutdown for streams to finish, when nothing else is configured.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 /// A client that takes nothing for this long is given up, when nothing else is configured.
@@ -17,6 +20,9 @@ pub const STALL_LIMIT: Duration = Duration::from_secs(60);
 pub const GROUP_WAIT: Duration = Duration::from_secs(30);
 /// Most streams that may be configured: what workers take on one connection.
 const STREAMS_LIMIT: usize = 1024;
+/// Most rows that may be under way, and most requests that may wait.
+const ROWS_LIMIT: u64 = 1 << 40;
+const QUEUE_LIMIT: usize = 1024;
 /// Longest of these limits that may be configured.
 const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 
@@ -30,8 +36,14 @@ pub struct RawConfig {
     pub http: Option<String>,
     /// Name of this gateway in the controller's logs; drawn when absent.
     pub gateway_id: Option<String>,
-    /// Most Generate streams at once.
+    /// Most streams under way; more wait.
     pub streams_max: Option<usize>,
+    /// Rows of work under way from which on requests wait: prompts and the most they may generate counted.
+    pub rows_max: Option<u64>,
+    /// Most requests that wait; 0 refuses at once.
+    pub queue_max: Option<usize>,
+    /// Longest wait of a request (milliseconds).
+    pub queue_wait_ms: Option<u64>,
     /// Longest wait at shutdown for streams to finish (milliseconds).
     pub drain_limit_ms: Option<u64>,
     /// A client that takes nothing for this long is given up (milliseconds).
@@ -54,8 +66,8 @@ pub struct Config {
     pub http: Option<String>,
     /// Name of this gateway in the controller's logs.
     pub gateway_id: String,
-    /// Most Generate streams at once.
-    pub streams_max: usize,
+    /// What may be under way and wait.
+    pub admission: Limits,
     /// Longest wait at shutdown for streams to finish.
     pub drain_limit: Duration,
     /// A client that takes nothing for this long is given up.
@@ -79,7 +91,7 @@ impl Config {
             network: Network::default(),
             http: None,
             gateway_id: uuid::Uuid::new_v4().to_string(),
-            streams_max: STREAMS_MAX,
+            admission: ADMISSION,
             drain_limit: DRAIN_LIMIT,
             stall_limit: STALL_LIMIT,
             group_wait: GROUP_WAIT,
@@ -111,11 +123,28 @@ impl TryFrom<RawConfig> for Config {
             }
             config.gateway_id = id;
         }
-        if let Some(streams) = raw.streams_max {
-            if !(1..=STREAMS_LIMIT).contains(&streams) {
-                errors.push(format!("streams_max: must be from 1 to {STREAMS_LIMIT}, is {streams}"));
+        let admission = &mut config.admission;
+        let mut within = |key: &str, value: u64, least: u64, most: u64| {
+            if !(least..=most).contains(&value) {
+                errors.push(format!("{key}: must be from {least} to {most}, is {value}"));
             }
-            config.streams_max = streams;
+        };
+        if let Some(streams) = raw.streams_max {
+            within("streams_max", streams as u64, 1, STREAMS_LIMIT as u64);
+            admission.streams_max = streams;
+        }
+        if let Some(rows) = raw.rows_max {
+            within("rows_max", rows, 1, ROWS_LIMIT);
+            admission.rows_max = rows;
+        }
+        if let Some(queue) = raw.queue_max {
+            within("queue_max", queue as u64, 0, QUEUE_LIMIT as u64);
+            admission.queue_max = queue;
+        }
+        if let Some(millis) = raw.queue_wait_ms {
+            // By then the call is given up anyway.
+            within("queue_wait_ms", millis, 1, ANSWER_LIMIT.as_millis() as u64);
+            admission.queue_wait = Duration::from_millis(millis);
         }
         let limits = [
             ("drain_limit_ms", raw.drain_limit_ms, &mut config.drain_limit),
@@ -151,11 +180,15 @@ mod tests {
 
     #[test]
     fn all_errors_come_at_once_with_their_keys() {
-        let json = r#"{"controller": "host", "http": "7780", "gateway_id": "", "streams_max": 0, "drain_limit_ms": 1000000000000,
+        let json = r#"{"controller": "host", "http": "7780", "gateway_id": "", "streams_max": 0, "rows_max": 0,
+            "queue_max": 9999, "queue_wait_ms": 0, "drain_limit_ms": 1000000000000,
             "stall_limit_ms": 0}"#;
         let errors = parse(json).unwrap_err().0;
         let keys: Vec<_> = errors.iter().map(|error| error.split(':').next().unwrap()).collect();
-        assert_eq!(keys, ["controller", "http", "gateway_id", "streams_max", "drain_limit_ms", "stall_limit_ms"]);
+        let admission = ["streams_max", "rows_max", "queue_max", "queue_wait_ms"];
+        assert_eq!(keys[..3], ["controller", "http", "gateway_id"]);
+        assert_eq!(keys[3..7], admission);
+        assert_eq!(keys[7..], ["drain_limit_ms", "stall_limit_ms"]);
     }
 
     #[test]
@@ -163,7 +196,7 @@ mod tests {
         let config = parse(r#"{"controller": "localhost:7", "gateway_id": "g"}"#).unwrap();
         let default = Config::new(Controllers::parse("localhost:7").unwrap());
         assert_eq!((config.controllers, config.gateway_id.as_str()), (default.controllers, "g"));
-        assert_eq!((config.streams_max, config.group_wait), (default.streams_max, default.group_wait));
+        assert_eq!((config.admission, config.group_wait), (default.admission, default.group_wait));
         let error = serde_json::from_str::<RawConfig>(r#"{"port": 1}"#).unwrap_err();
         assert!(error.to_string().contains("port"), "{error}");
     }

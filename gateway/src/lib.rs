@@ -9,22 +9,31 @@
 //! - `stack`: the layers every call passes
 //! - [`tenants`]: who asks, and how much at a time
 //! - `service`: the path of a request
+//! - `admission`, `fair`: how much is under way at a time; whose turn is next among those who wait (pure)
 //! - `validate`, `settings`, `prompt`: raw request to valid request, resolved settings, token ids
 //! - `edit`: a text in pieces to a draft, and back to what changed (pure)
 //! - `relay`: one stream from worker to client; continuation elsewhere
 //! - `stream`: order, no position twice, stop strings, text (pure)
-//! - `routes`, `circuit`, `watch`: which groups there are; which of them break; following the controller
+//! - `routes`, `route`, `watch`: which groups there are, and the choice of one; one of them; following the controller
+//! - `circuit`, `latency`, `affinity`: whether a group breaks, how soon it answers, which prompts belong to it (pure)
+//! - `budget`: how often requests are submitted again (pure)
 //! - [`policy`]: policies as JSON
 //! - `openai`: the same requests over HTTP, as OpenAI's clients make them
 //! - `upstream`, `tokenizers`: connections to workers; tokenizers by digest
 
+mod admission;
+mod affinity;
+mod budget;
 mod circuit;
 pub mod config;
 mod edit;
+mod fair;
+mod latency;
 mod openai;
 pub mod policy;
 mod prompt;
 mod relay;
+mod route;
 mod routes;
 mod service;
 mod settings;
@@ -36,12 +45,13 @@ mod upstream;
 mod validate;
 mod watch;
 
+pub use admission::Limits;
 pub use config::{Config, ConfigError, RawConfig};
 
-use crate::routes::Routes;
+use crate::admission::Admission;
 use crate::service::{LONG_TEXTS_MAX, Service};
 use crate::tokenizers::Tokenizers;
-use crate::upstream::{Upstream, Workers};
+use crate::upstream::Upstream;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -121,8 +131,9 @@ pub async fn run(
     let close = CancellationToken::new();
     let calls = stack::calls();
     let inference = InferenceServiceServer::from_arc(Arc::clone(&service));
+    let Limits { streams_max, queue_max, .. } = config.admission;
     let server = Server::builder()
-        .max_concurrent_streams((config.streams_max + OTHER_CALLS_MAX) as u32)
+        .max_concurrent_streams((streams_max + queue_max + OTHER_CALLS_MAX) as u32)
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_INTERVAL))
         .layer(stack::layers(config.tenants.clone(), Arc::clone(&calls)))
@@ -153,10 +164,9 @@ pub async fn run(
 
 fn service(config: &Config) -> Service {
     Service {
-        upstream: Arc::new(Upstream { routes: Arc::new(Routes::new()), workers: Workers::new(config.network.clone()) }),
+        upstream: Arc::new(Upstream::new(config.network.clone())),
         tokenizers: Tokenizers::default(),
-        streams: Arc::new(Semaphore::new(config.streams_max)),
-        streams_max: config.streams_max,
+        admission: Arc::new(Admission::new(config.admission)),
         long_texts: Semaphore::new(LONG_TEXTS_MAX),
         stall_limit: config.stall_limit,
         group_wait: config.group_wait,
@@ -189,13 +199,13 @@ async fn ending(
     tracing::info!("draining");
     service.draining.cancel();
     report(reporter, false).await;
-    let all = service.streams_max as u32;
-    if timeout(drain_limit, service.streams.acquire_many(all)).await.is_err() {
+    service.admission.close();
+    if timeout(drain_limit, service.admission.emptied()).await.is_err() {
         tracing::warn!("the drain limit passed; ending the rest");
     }
     service.stop.cancel();
     // Connections that do not close in time are left behind.
-    let _ = timeout(CLOSE_LIMIT, service.streams.acquire_many(all)).await;
+    let _ = timeout(CLOSE_LIMIT, service.admission.emptied()).await;
     close.cancel();
     tokio::time::sleep(CLOSE_LIMIT).await;
 }

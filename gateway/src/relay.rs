@@ -1,6 +1,9 @@
 //! One request's stream from a worker to its client; on to another group when the worker breaks.
 
-use crate::routes::{Lease, RETRY_AFTER, Route};
+use crate::admission::Ticket;
+use crate::affinity::Prefix;
+use crate::route::{Lease, Route};
+use crate::routes::RETRY_AFTER;
 use crate::stream::Assembler;
 use crate::upstream::{Upstream, Verdict, forward, judge};
 use std::ops::ControlFlow;
@@ -51,11 +54,8 @@ pub(crate) struct Client {
     /// The gateway ends.
     pub stop: CancellationToken,
     /// Count the stream for as long as it lasts: the gateway's, and its tenant's where it has a limit.
-    pub _permits: Permits,
+    pub _permits: (Ticket, Option<OwnedSemaphorePermit>),
 }
-
-/// The gateway's permit, and the tenant's.
-pub(crate) type Permits = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
 
 impl Client {
     async fn send(&self, event: Event) -> Result<(), Status> {
@@ -73,6 +73,7 @@ pub(crate) struct Relay {
     upstream: Arc<Upstream>,
     job: Job,
     assembler: Assembler,
+    prefix: Option<Prefix>,
     /// Groups, with their epochs, that broke or were busy.
     failed: Vec<(String, u64)>,
     /// Groups that took the request since the last new token.
@@ -91,7 +92,10 @@ pub(crate) struct Relay {
 
 impl Relay {
     pub(crate) fn new(upstream: Arc<Upstream>, job: Job, assembler: Assembler) -> Self {
+        // A text to edit is cached nowhere.
+        let prefix = Prefix::of(job.salt, &job.prompt);
         Self {
+            prefix,
             upstream,
             job,
             assembler,
@@ -130,10 +134,11 @@ impl Relay {
             let rows = message.prompt_ids.len() as u64 + u64::from(self.job.settings.max_tokens);
             self.lease = Some(route.lease(rows.saturating_sub(message.committed_ids.len() as u64)));
             let recomputed = message.committed_ids.len() as u32 / self.job.settings.block_size.max(1);
+            let asked = Instant::now();
             let opened = self.upstream.workers.run(&route, &self.upstream.routes, message, self.job.deadline).await;
             let status = match opened {
                 Ok(stream) => {
-                    route.answered();
+                    route.took(asked.elapsed(), Instant::now().into_std());
                     self.blocks_recomputed += recomputed;
                     self.attempts += 1;
                     return Ok(stream);
@@ -152,9 +157,20 @@ impl Relay {
             if self.left().map_or(opening >= OPENINGS_MAX, |left| left.is_zero()) {
                 return Err(lost(verdict, &status));
             }
+            self.spend_retry(&status)?;
             last = Some((verdict, status));
         }
         Err(lost(Verdict::Broken, &Status::unavailable("too many groups were asked")))
+    }
+
+    /// Submitting again spends from the gateway's budget. A stream that has begun goes on all the same.
+    fn spend_retry(&self, last: &Status) -> Result<(), Status> {
+        let spent = self.upstream.retries().withdraw(Instant::now().into_std());
+        if spent || self.patience.is_some() {
+            return Ok(());
+        }
+        let message = format!("too many requests go elsewhere already; a group said: {}", last.message());
+        Err(rich::retryable(Code::Unavailable, "RETRY_BUDGET", message, RETRY_AFTER))
     }
 
     fn give_up_group(&mut self, verdict: Verdict, status: &Status) {
@@ -188,7 +204,7 @@ impl Relay {
         let failed = std::mem::take(&mut self.failed);
         let fresh = |route: &Route| same(route) && !failed.iter().any(|(g, e)| *g == route.group && *e == route.epoch);
         let mut tables = self.upstream.routes.watch();
-        let now = tables.borrow_and_update().pick(Instant::now().into_std(), fresh);
+        let now = tables.borrow_and_update().pick(Instant::now().into_std(), self.prefix, fresh);
         let left = self.left();
         if let (None, Some((Verdict::Busy, status)), None) = (&now, last, left) {
             return Err(forward(status));
@@ -198,7 +214,9 @@ impl Relay {
             // Whether it came or not, the table is asked again.
             let _ = timeout(REROUTE_WAIT, wait).await;
         }
-        if let Some(route) = now.or_else(|| self.upstream.routes.table().pick(Instant::now().into_std(), fresh)) {
+        if let Some(route) =
+            now.or_else(|| self.upstream.routes.table().pick(Instant::now().into_std(), self.prefix, fresh))
+        {
             self.failed = failed;
             return Ok(route);
         }
@@ -206,7 +224,7 @@ impl Relay {
             let wait = tables.wait_for(|table| table.routes.iter().any(|route| same(route)));
             let _ = timeout(left, wait).await;
         }
-        self.upstream.routes.table().pick(Instant::now().into_std(), same).ok_or_else(|| {
+        self.upstream.routes.table().pick(Instant::now().into_std(), self.prefix, same).ok_or_else(|| {
             let message = format!("model `{}` has no ready group at present", model.name);
             rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
         })
@@ -290,6 +308,7 @@ impl Relay {
             if self.attempts >= ATTEMPTS_MAX {
                 return Err(lost(Verdict::Broken, &status));
             }
+            self.spend_retry(&status)?;
             worker = self.open().await?;
         }
     }

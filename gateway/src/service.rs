@@ -1,10 +1,11 @@
 //! The path of a request: validate, tokenize, resolve, route; then the stream has a task of its own. gRPC's side of it is
 //! here too, HTTP's in `openai`.
 
+use crate::admission::{Admission, Ask};
 use crate::edit::{self, Changes};
 use crate::prompt;
-use crate::relay::{Client, EVENTS_MAX, Job, Permits, Relay, stopping};
-use crate::routes::Route;
+use crate::relay::{Client, EVENTS_MAX, Job, Relay, stopping};
+use crate::route::Route;
 use crate::settings;
 use crate::stack::Deadline;
 use crate::stream::Assembler;
@@ -15,7 +16,7 @@ use crate::validate::{Resumed, Valid, validate};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -29,8 +30,6 @@ use unmask_proto::v1::{
 };
 use unmask_text::{Specials, TextError, Tokenizer};
 
-/// When a stream refused for want of room may be tried again.
-const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// Text up to this length is encoded at once, longer text on a thread that may block (bytes).
 const INLINE_TEXT_MAX: usize = 16 << 10;
 /// Most long texts that are encoded at a time.
@@ -40,8 +39,7 @@ pub(crate) const LONG_TEXTS_MAX: usize = 4;
 pub(crate) struct Service {
     pub upstream: Arc<Upstream>,
     pub tokenizers: Tokenizers,
-    pub streams: Arc<Semaphore>,
-    pub streams_max: usize,
+    pub admission: Arc<Admission>,
     pub long_texts: Semaphore,
     pub stall_limit: Duration,
     pub group_wait: Duration,
@@ -127,7 +125,7 @@ impl Service {
         request: GenerateRequest,
         caller: Caller,
     ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
-        let permits = self.admit(&caller)?;
+        let tenant = self.admit(&caller)?;
         let table = self.upstream.routes.table();
         let route = table.model(&request.model)?;
         let chosen = table.policy(&route.model.name);
@@ -135,9 +133,7 @@ impl Service {
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let (valid, prompt) = self.encode(valid, &tokenizer, &route).await?;
         let settings = settings::fit(&valid, &route.model, prompt.len()).map_err(|found| rich::invalid(&[found]))?;
-        // What a resumed stream already has was paid for where it came from.
-        let done = valid.resume.as_ref().map_or(0, |resumed| resumed.received.len());
-        caller.tenant.spend((prompt.len() as u64 + u64::from(settings.max_tokens)).saturating_sub(done as u64))?;
+        let begun = valid.resume.is_some();
         let resumed = valid.resume.unwrap_or_else(|| Resumed {
             request_id: uuid::Uuid::new_v4().to_string(),
             received: Vec::new(),
@@ -158,7 +154,7 @@ impl Service {
             arrived: caller.arrived,
             deadline: caller.deadline,
         };
-        self.begin(job, assembler, permits).await
+        self.begin(job, assembler, begun, &caller, tenant).await
     }
 
     /// Begins to edit a text; otherwise as [`Service::start`].
@@ -170,7 +166,7 @@ impl Service {
         request: EditRequest,
         caller: Caller,
     ) -> Result<(mpsc::Receiver<Result<GenerateResponse, Status>>, Changes), Status> {
-        let permits = self.admit(&caller)?;
+        let tenant = self.admit(&caller)?;
         let route = self.upstream.routes.table().model(&request.model)?;
         let valid = edit::validate(request, &route.model).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
@@ -185,7 +181,6 @@ impl Service {
             return Err(rich::invalid(&[Violation::new("spans", description)]));
         }
         settings.max_tokens = tokens as u32;
-        caller.tenant.spend(tokens as u64)?;
         let job = Job {
             request_id: uuid::Uuid::new_v4().to_string(),
             model: Arc::clone(&route.model),
@@ -199,26 +194,41 @@ impl Service {
             deadline: caller.deadline,
         };
         let assembler = Assembler::new(tokenizer, 0, Vec::new(), &[], 0);
-        Ok((self.begin(job, assembler, permits).await?, Changes::new(draft)))
+        Ok((self.begin(job, assembler, false, &caller, tenant).await?, Changes::new(draft)))
     }
 
-    /// Room for one more stream: the gateway's, and its tenant's where that has a limit.
-    fn admit(&self, caller: &Caller) -> Result<Permits, Status> {
-        let permit = Arc::clone(&self.streams).try_acquire_owned();
-        // Whoever drains waits for all permits, so that none is left.
+    /// Its tenant may have one more stream.
+    fn admit(&self, caller: &Caller) -> Result<Option<OwnedSemaphorePermit>, Status> {
         if self.draining.is_cancelled() {
             return Err(stopping());
         }
-        Ok((permit.map_err(|_| self.full())?, caller.tenant.stream()?))
+        caller.tenant.stream()
     }
 
-    /// Gives a job to a group; from then on its stream has a task of its own.
+    /// Waits for its turn, then gives a job to a group; from then on its stream has a task of its own.
     async fn begin(
         &self,
         job: Job,
         assembler: Assembler,
-        permits: Permits,
+        begun: bool,
+        caller: &Caller,
+        tenant: Option<OwnedSemaphorePermit>,
     ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
+        // What a resumed stream already has was paid for where it came from.
+        let all = job.prompt.len() as u64 + u64::from(job.settings.max_tokens);
+        let rows = all.saturating_sub(assembler.ids().len() as u64);
+        caller.tenant.spend(rows)?;
+        let ask = Ask {
+            tenant: job.salt,
+            weight: caller.tenant.weight(),
+            rows,
+            priority: job.priority,
+            deadline: job.deadline,
+            begun,
+        };
+        let entered = self.admission.enter(ask).await;
+        let ticket = entered.inspect_err(|_| caller.tenant.refund(rows))?;
+        self.upstream.retries().deposit(Instant::now().into_std());
         let mut relay = Relay::new(Arc::clone(&self.upstream), job, assembler);
         let first = match relay.over() {
             Some(_) => None,
@@ -228,7 +238,7 @@ impl Service {
         // The channel is empty: the first event fits.
         let _ = events.try_send(Ok(GenerateResponse { event: Some(relay.started()) }));
         let Service { stall_limit, group_wait, .. } = *self;
-        let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permits: permits };
+        let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permits: (ticket, tenant) };
         tokio::spawn(relay.deliver(first, client));
         Ok(reading)
     }
@@ -251,11 +261,6 @@ impl Service {
     /// Whether any model has a ready group and new requests are taken.
     pub(crate) fn serving(&self) -> bool {
         !self.upstream.routes.table().routes.is_empty() && !self.draining.is_cancelled()
-    }
-
-    fn full(&self) -> Status {
-        let message = format!("the gateway serves {} streams, its limit: try again later", self.streams_max);
-        rich::retryable(Code::ResourceExhausted, "TOO_MANY_STREAMS", message, RETRY_AFTER)
     }
 
     async fn encode(

@@ -18,6 +18,8 @@ const TENANTS_MAX: usize = 10_000;
 const KEYS_MAX: usize = 16;
 /// Longest name of a tenant (bytes).
 const NAME_BYTES_MAX: usize = 128;
+/// Largest weight of a tenant.
+const WEIGHT_MAX: u32 = 1000;
 /// Before a digest in the configuration.
 const PREFIX: &str = "sha256:";
 /// A quota of rows may be spent ahead by so much.
@@ -37,6 +39,8 @@ pub struct RawTenant {
     pub keys: Vec<String>,
     /// Streams at once; default: no limit of its own.
     pub streams_max: Option<usize>,
+    /// Its part of the gateway's rows while others wait too, beside theirs; default: 1.
+    pub weight: Option<u32>,
     /// Rows per second, prompts and the most they may generate counted; default: no limit.
     pub rows_per_second: Option<u32>,
 }
@@ -53,6 +57,7 @@ pub struct Tenant {
     name: String,
     /// Keeps its cached prefixes from others.
     salt: u64,
+    weight: u32,
     streams: Option<Arc<Semaphore>>,
     rows: Option<Mutex<Bucket>>,
 }
@@ -81,7 +86,7 @@ impl Tenants {
             problems.push(format!("tenants: at most {TENANTS_MAX}, are {}", raw.len()));
         }
         let (mut by_key, mut names) = (HashMap::new(), std::collections::HashSet::new());
-        for (i, RawTenant { name, keys, streams_max, rows_per_second }) in raw.into_iter().enumerate() {
+        for (i, RawTenant { name, keys, streams_max, weight, rows_per_second }) in raw.into_iter().enumerate() {
             let mut require = |ok: bool, key: &str, what: &str| {
                 if !ok {
                     problems.push(format!("tenants[{i}].{key}: {what}"));
@@ -91,8 +96,10 @@ impl Tenants {
             require(names.insert(name.clone()), "name", "is another tenant's too");
             require((1..=KEYS_MAX).contains(&keys.len()), "keys", "must be 1 to 16");
             require(streams_max != Some(0), "streams_max", "must be at least 1");
+            let weight = weight.unwrap_or(1);
+            require((1..=WEIGHT_MAX).contains(&weight), "weight", "must be 1 to 1000");
             require(rows_per_second != Some(0), "rows_per_second", "must be at least 1");
-            let tenant = Arc::new(Tenant::new(name, streams_max, rows_per_second));
+            let tenant = Arc::new(Tenant::new(name, weight, streams_max, rows_per_second));
             for key in keys {
                 let digest = read(&key);
                 require(digest.is_some(), "keys", "must be digests as unmask key prints them: sha256: and 64 digits");
@@ -109,7 +116,7 @@ impl Tenants {
     /// UNAUTHENTICATED without a key that is known, where there are tenants.
     pub(crate) fn find(&self, headers: &HeaderMap) -> Result<Arc<Tenant>, Status> {
         if self.by_key.is_empty() {
-            return Ok(Arc::new(Tenant::new(String::new(), None, None)));
+            return Ok(Arc::new(Tenant::new(String::new(), 1, None, None)));
         }
         let value = headers.get("authorization").and_then(|value| value.to_str().ok());
         let key = value.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim);
@@ -121,11 +128,12 @@ impl Tenants {
 }
 
 impl Tenant {
-    fn new(name: String, streams_max: Option<usize>, rows_per_second: Option<u32>) -> Self {
+    fn new(name: String, weight: u32, streams_max: Option<usize>, rows_per_second: Option<u32>) -> Self {
         let digest: KeyDigest = Sha256::digest(name.as_bytes()).into();
         let salt = if name.is_empty() { 0 } else { u64::from_le_bytes(digest[..8].try_into().unwrap_or_default()) };
         Self {
             salt,
+            weight,
             streams: streams_max.map(|max| Arc::new(Semaphore::new(max))),
             rows: rows_per_second.map(|rate| Mutex::new(Bucket::new(f64::from(rate), Instant::now()))),
             name,
@@ -135,6 +143,11 @@ impl Tenant {
     /// Keeps its cached prefixes from others; 0 where there are no tenants.
     pub(crate) fn salt(&self) -> u64 {
         self.salt
+    }
+
+    /// Its part while others wait too.
+    pub(crate) fn weight(&self) -> u32 {
+        self.weight
     }
 
     /// Takes a stream; it counts until the permit is dropped.
@@ -160,6 +173,12 @@ impl Tenant {
             let message = format!("`{}` has spent its rows per second", self.name);
             rich::retryable(Code::ResourceExhausted, "TENANT_ROWS", message, wait)
         })
+    }
+
+    /// Gives back what was spent for a request that was then refused.
+    pub(crate) fn refund(&self, rows: u64) {
+        let Some(bucket) = &self.rows else { return };
+        bucket.lock().unwrap_or_else(PoisonError::into_inner).left += rows as f64;
     }
 }
 
@@ -200,7 +219,7 @@ mod tests {
 
     fn tenant(name: &str, keys: &[&str]) -> RawTenant {
         let keys = keys.iter().map(|key| digest(key)).collect();
-        RawTenant { name: name.into(), keys, streams_max: Some(1), rows_per_second: Some(100) }
+        RawTenant { name: name.into(), keys, streams_max: Some(1), weight: None, rows_per_second: Some(100) }
     }
 
     fn asked_by(key: &str) -> HeaderMap {
@@ -223,12 +242,15 @@ mod tests {
 
     #[test]
     fn all_problems_come_at_once() {
-        let bad =
-            RawTenant { name: String::new(), keys: vec!["secret".into()], streams_max: Some(0), ..tenant("", &[]) };
+        let bad = RawTenant {
+            name: String::new(),
+            keys: vec!["secret".into()],
+            streams_max: Some(0),
+            weight: Some(0),
+            ..tenant("", &[])
+        };
         let problems = Tenants::new(vec![tenant("a", &["one"]), tenant("a", &["one"]), bad]).unwrap_err();
-        for key in
-            ["tenants[1].name", "tenants[1].keys", "tenants[2].name", "tenants[2].keys", "tenants[2].streams_max"]
-        {
+        for key in ["tenants[1].name", "tenants[1].keys", "tenants[2].name", "tenants[2].keys", "tenants[2].weight"] {
             assert!(problems.iter().any(|problem| problem.starts_with(key)), "{key} in {problems:?}");
         }
         assert!(!problems.join(" ").contains("secret"), "a key is not repeated");

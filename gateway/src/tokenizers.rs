@@ -1,6 +1,6 @@
 //! Tokenizers by digest, fetched once from a worker that has them.
 
-use crate::routes::Route;
+use crate::route::Route;
 use crate::upstream::{Upstream, forward, with_sources};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;

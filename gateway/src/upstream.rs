@@ -1,9 +1,11 @@
 //! Connections to workers, and what their errors mean.
 
-use crate::routes::{Route, Routes};
+use crate::budget::RetryBudget;
+use crate::route::Route;
+use crate::routes::Routes;
 use std::collections::HashMap;
 use std::error::Error;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
@@ -132,6 +134,20 @@ pub(crate) fn with_sources(error: &dyn Error) -> String {
 pub(crate) struct Upstream {
     pub routes: Arc<Routes>,
     pub workers: Workers,
+    retries: Mutex<RetryBudget>,
+}
+
+impl Upstream {
+    /// With no routes yet; workers are reached over `network`.
+    pub(crate) fn new(network: Network) -> Self {
+        let retries = Mutex::new(RetryBudget::new(Instant::now().into_std()));
+        Self { routes: Arc::new(Routes::new()), workers: Workers::new(network), retries }
+    }
+
+    /// Re-submissions that this gateway may make.
+    pub(crate) fn retries(&self) -> MutexGuard<'_, RetryBudget> {
+        self.retries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]

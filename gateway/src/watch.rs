@@ -23,6 +23,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A stream that lasted this long starts the pauses anew.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
+/// Loads as old as this are not believed.
+const LOADS_STALE_AFTER: Duration = Duration::from_secs(5);
 /// Largest table (bytes).
 const TABLE_BYTES_MAX: usize = 32 << 20;
 
@@ -31,10 +33,15 @@ pub(crate) async fn run(mut controllers: Controllers, network: Network, gateway_
     let mut backoff = BACKOFF_MIN;
     // One redirect is followed at once; where replicas point to each other, the next waits its turn.
     let mut redirected = false;
-    let mut highest_term = 0;
+    let (mut highest_term, mut lost) = (0, None);
     loop {
         let began = Instant::now();
-        let Err(status) = follow(&network, controllers.current(), &gateway_id, &routes, &mut highest_term).await;
+        let Err(status) =
+            follow(&network, controllers.current(), &gateway_id, &routes, &mut highest_term, &mut lost).await;
+        // A table that does not change is not sent again: loads grow old from when nobody would tell.
+        if lost.get_or_insert_with(Instant::now).elapsed() >= LOADS_STALE_AFTER {
+            routes.doubt_loads();
+        }
         let controller = controllers.current().to_owned();
         if controllers.failed(&status) && !std::mem::replace(&mut redirected, true) {
             tracing::info!(controller, leader = controllers.current(), "another replica leads");
@@ -50,13 +57,14 @@ pub(crate) async fn run(mut controllers: Controllers, network: Network, gateway_
     }
 }
 
-/// One stream, to its end.
+/// One stream, to its end; while it lasts, it is not `lost`.
 async fn follow(
     network: &Network,
     controller: &str,
     gateway_id: &str,
     routes: &Routes,
     highest_term: &mut u64,
+    lost: &mut Option<Instant>,
 ) -> Result<std::convert::Infallible, Status> {
     let opened = timeout(CONNECT_LIMIT, open(network, controller, gateway_id)).await;
     let mut tables =
@@ -75,6 +83,7 @@ async fn follow(
         (*highest_term, revision) = (table.term, table.revision);
         tracing::debug!(term = table.term, revision, routes = table.routes.len(), "routes");
         routes.replace(table);
+        *lost = None;
     }
 }
 

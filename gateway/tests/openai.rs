@@ -263,6 +263,7 @@ async fn keys_and_quotas_are_those_of_grpc() {
         name: name.into(),
         keys: vec![tenants::digest(key)],
         streams_max: Some(1),
+        weight: None,
         rows_per_second: None,
     };
     let all = vec![tenant("harness", KEY), tenant("a", "key-a")];

@@ -47,6 +47,7 @@ async fn tenants_need_a_key_and_have_their_own_limits_and_caches() {
         name: name.into(),
         keys: vec![tenants::digest(key)],
         streams_max: Some(1),
+        weight: None,
         rows_per_second,
     };
     let all = vec![tenant("harness", KEY, None), tenant("a", "key-a", None), tenant("b", "key-b", Some(10))];

@@ -127,6 +127,27 @@ async fn a_broken_stream_goes_on_with_another_group_and_the_client_sees_nothing(
 }
 
 #[tokio::test]
+async fn prompts_that_begin_alike_go_to_one_group_and_to_the_other_when_that_breaks() {
+    let (gateway, mut a, mut b) = two().await;
+    let preamble = "def is_prime(n):\n    return all(n % i for i in range(2, n))\n".repeat(8);
+    assert!(ids(&preamble).len() > 64);
+    let mut taken = Vec::new();
+    for turn in 0..10 {
+        let stream = gateway.generate(text(&format!("{preamble}# {turn}\n"))).await.unwrap();
+        let (run, at_a) = whichever(&mut a, &mut b).await;
+        taken.push(at_a);
+        run.finish(FinishReason::Eos).await;
+        stream.all().await.unwrap();
+    }
+    assert!(taken.iter().all(|at_a| *at_a == taken[0]), "{taken:?}");
+    let (preferred, mut other) = if taken[0] { (a, b) } else { (b, a) };
+    *preferred.refusal.lock().unwrap() = Some(Status::unavailable("gone"));
+    let stream = gateway.generate(text(&preamble)).await.unwrap();
+    other.run().await.finish(FinishReason::Eos).await;
+    stream.all().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_group_that_comes_back_with_a_higher_epoch_takes_the_request_again() {
     let (gateway, mut worker) = one().await;
     *worker.refusal.lock().unwrap() =
@@ -189,6 +210,41 @@ async fn a_busy_group_is_passed_over_and_when_all_are_busy_the_client_hears_it()
     assert_eq!(status.code(), Code::ResourceExhausted);
     assert_eq!(status.get_details_error_info().unwrap().reason, "QUEUE_FULL");
     assert!(status.get_details_retry_info().is_some());
+}
+
+#[tokio::test]
+async fn requests_that_have_not_begun_go_elsewhere_only_so_often_and_begun_streams_always() {
+    let (gateway, mut worker) = one().await;
+    let mut stream = gateway.generate(text("p")).await.unwrap();
+    stream.started().await;
+    let mut run = worker.run().await;
+    run.commit(&ids("ab")).await;
+    stream.commit().await;
+    // Refusals do not open circuits, so every request asks three groups.
+    let full = unmask_proto::rich::retryable(Code::ResourceExhausted, "QUEUE_FULL", "full", Duration::from_secs(1));
+    let busy = [Worker::start().await, Worker::start().await, Worker::start().await];
+    busy.iter().for_each(|worker| *worker.refusal.lock().unwrap() = Some(full.clone()));
+    gateway.set_routes(["c", "d", "e"].iter().zip(&busy).map(|(group, worker)| worker.route(group, 1)).collect()).await;
+    let mut asked = 0;
+    let refused = loop {
+        let status = gateway.generate(text("p")).await.unwrap_err();
+        if status.get_details_error_info().unwrap().reason != "QUEUE_FULL" {
+            break status;
+        }
+        asked += 1;
+    };
+    let reason = refused.get_details_error_info().unwrap().reason;
+    assert_eq!((refused.code(), reason.as_str()), (Code::Unavailable, "RETRY_BUDGET"));
+    assert!(refused.get_details_retry_info().is_some());
+    assert!(asked >= 50, "{asked} requests spent what was saved up");
+    // The stream that has begun goes on.
+    gateway.set_routes(vec![worker.route("a", 2)]).await;
+    run.fail(Status::unavailable("going down")).await;
+    let mut run = worker.run().await;
+    assert_eq!(run.request.committed_ids, ids("ab"));
+    run.commit(&ids("cd")).await;
+    run.finish(FinishReason::Eos).await;
+    assert_eq!(stream.all().await.unwrap().ids, ids("cd"));
 }
 
 #[tokio::test]
@@ -350,7 +406,8 @@ async fn a_client_that_takes_nothing_is_given_up() {
     let mut worker = Worker::start().await;
     let gateway = Gateway::configured(vec![worker.route("a", 1)], |config| {
         config.stall_limit = Duration::from_millis(200);
-        config.streams_max = 1;
+        config.admission.streams_max = 1;
+        config.admission.queue_max = 0;
     })
     .await;
     let decoding = Decoding { max_tokens: Some(4000), ..Default::default() };
