@@ -56,6 +56,9 @@ pub struct PoolArgs {
     /// Stable name of this worker; the address it is reached at where absent
     #[arg(long)]
     pub worker_id: Option<String>,
+    /// host:port at which gateways reach this worker; the address it listens on where absent
+    #[arg(long)]
+    pub advertise: Option<String>,
     /// Bring no model, but place for one rank of whatever is wanted (unmask apply)
     #[arg(long, conflicts_with_all = ["model", "tensor_parallel", "rank_addresses"])]
     pub pool: bool,
@@ -81,6 +84,7 @@ pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     let mut raw: unmask_worker::RawConfig = read(args.config.as_deref())?;
     raw.controller = args.controller.or(raw.controller);
     raw.worker_id = args.pool.worker_id.or(raw.worker_id);
+    raw.advertise = args.pool.advertise.or(raw.advertise);
     if args.pool.pool {
         let pool = raw.pool.get_or_insert_default();
         pool.memory_bytes = args.pool.memory.or(pool.memory_bytes);

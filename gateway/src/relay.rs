@@ -24,7 +24,7 @@ use unmask_proto::v1::{
 pub(crate) const EVENTS_MAX: usize = 32;
 /// Most groups that take one request and break without a new token in between: the request may be what breaks them.
 const ATTEMPTS_MAX: u32 = 3;
-/// Most groups that are asked before a stream begins.
+/// Most groups that are asked before a stream begins, when the last one had no room. Where they break, time is the limit.
 const OPENINGS_MAX: u32 = 3;
 /// Longest wait for another group when none is left; then those that failed are tried again.
 const REROUTE_WAIT: Duration = Duration::from_millis(500);
@@ -78,8 +78,10 @@ pub(crate) struct Relay {
     failed: Vec<(String, u64)>,
     /// Groups that took the request since the last new token.
     attempts: u32,
-    /// How long a stream without a group waits for one; a request whose stream has not begun does not.
-    patience: Option<Duration>,
+    /// How long it waits for a group when it has none.
+    patience: Duration,
+    /// The client has heard of it.
+    begun: bool,
     /// When it lost its group, until the next new token.
     lost: Option<Instant>,
     blocks_recomputed: u32,
@@ -91,7 +93,8 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    pub(crate) fn new(upstream: Arc<Upstream>, job: Job, assembler: Assembler) -> Self {
+    /// A request that has not begun, and waits `patience` for a group that takes it.
+    pub(crate) fn new(upstream: Arc<Upstream>, job: Job, assembler: Assembler, patience: Duration) -> Self {
         // A text to edit is cached nowhere.
         let prefix = Prefix::of(job.salt, &job.prompt);
         Self {
@@ -101,7 +104,8 @@ impl Relay {
             assembler,
             failed: Vec::new(),
             attempts: 0,
-            patience: None,
+            patience,
+            begun: false,
             lost: None,
             blocks_recomputed: 0,
             first_block: None,
@@ -154,7 +158,7 @@ impl Relay {
                 return Err(forward(&status));
             }
             self.give_up_group(verdict, &status);
-            if self.left().map_or(opening >= OPENINGS_MAX, |left| left.is_zero()) {
+            if self.left().is_zero() || (!self.begun && verdict == Verdict::Busy && opening >= OPENINGS_MAX) {
                 return Err(lost(verdict, &status));
             }
             self.spend_retry(&status)?;
@@ -166,7 +170,7 @@ impl Relay {
     /// Submitting again spends from the gateway's budget. A stream that has begun goes on all the same.
     fn spend_retry(&self, last: &Status) -> Result<(), Status> {
         let spent = self.upstream.retries().withdraw(Instant::now().into_std());
-        if spent || self.patience.is_some() {
+        if spent || self.begun {
             return Ok(());
         }
         let message = format!("too many requests go elsewhere already; a group said: {}", last.message());
@@ -186,10 +190,10 @@ impl Relay {
         self.failed.push((group.clone(), epoch));
     }
 
-    /// How much longer a stream waits for a group; `None` before it has begun.
-    fn left(&self) -> Option<Duration> {
+    /// How much longer it waits for a group.
+    fn left(&self) -> Duration {
         let waited = self.lost.map_or(Duration::ZERO, |since| since.elapsed());
-        Some(self.patience?.saturating_sub(waited))
+        self.patience.saturating_sub(waited)
     }
 
     /// A group with the same tokens (numerics and tokenizer) that has not failed yet. When there is none, waits for
@@ -206,7 +210,7 @@ impl Relay {
         let mut tables = self.upstream.routes.watch();
         let now = tables.borrow_and_update().pick(Instant::now().into_std(), self.prefix, fresh);
         let left = self.left();
-        if let (None, Some((Verdict::Busy, status)), None) = (&now, last, left) {
+        if let (None, Some((Verdict::Busy, status)), false) = (&now, last, self.begun) {
             return Err(forward(status));
         }
         if now.is_none() {
@@ -220,10 +224,8 @@ impl Relay {
             self.failed = failed;
             return Ok(route);
         }
-        if let Some(left) = left {
-            let wait = tables.wait_for(|table| table.routes.iter().any(|route| same(route)));
-            let _ = timeout(left, wait).await;
-        }
+        let wait = tables.wait_for(|table| table.routes.iter().any(|route| same(route)));
+        let _ = timeout(left, wait).await;
         self.upstream.routes.table().pick(Instant::now().into_std(), self.prefix, same).ok_or_else(|| {
             let message = format!("model `{}` has no ready group at present", model.name);
             rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
@@ -263,7 +265,7 @@ impl Relay {
     /// stream cancels the request there.
     pub(crate) async fn deliver(mut self, first: Option<Streaming<RunResponse>>, client: Client) {
         let (deadline, request_id) = (self.job.deadline, self.job.request_id.clone());
-        self.patience = Some(client.group_wait);
+        (self.patience, self.begun) = (client.group_wait, true);
         let end = tokio::select! {
             end = self.forward(first, &client) => end,
             () = client.events.closed() => {

@@ -44,6 +44,12 @@ impl Table {
         Table { routes, policies, known }
     }
 
+    /// Whether a model was served and is not at present; an empty name stands for the only model.
+    pub(crate) fn had(&self, name: &str) -> bool {
+        let named = |known: &str| known == name || (name.is_empty() && self.known.len() == 1);
+        self.known.iter().any(|known| named(known)) && !self.routes.iter().any(|route| named(&route.model.name))
+    }
+
     /// The controller's settings for a model; `None` leaves it to the model.
     pub(crate) fn policy(&self, model: &str) -> Option<&ModelPolicy> {
         self.policies.get(model)

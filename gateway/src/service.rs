@@ -6,6 +6,7 @@ use crate::edit::{self, Changes};
 use crate::prompt;
 use crate::relay::{Client, EVENTS_MAX, Job, Relay, stopping};
 use crate::route::Route;
+use crate::routes::Table;
 use crate::settings;
 use crate::stack::Deadline;
 use crate::stream::Assembler;
@@ -34,6 +35,10 @@ use unmask_text::{Specials, TextError, Tokenizer};
 const INLINE_TEXT_MAX: usize = 16 << 10;
 /// Most long texts that are encoded at a time.
 pub(crate) const LONG_TEXTS_MAX: usize = 4;
+
+/// Longest wait of a request that has not begun for a group of its model: a rank that hangs is replaced within about four
+/// seconds.
+const BEGIN_WAIT: Duration = Duration::from_secs(5);
 
 /// What the service serves.
 pub(crate) struct Service {
@@ -126,8 +131,7 @@ impl Service {
         caller: Caller,
     ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
         let tenant = self.admit(&caller)?;
-        let table = self.upstream.routes.table();
-        let route = table.model(&request.model)?;
+        let (table, route) = self.group(&request.model, caller.deadline).await?;
         let chosen = table.policy(&route.model.name);
         let valid = validate(request, &route.model, chosen, rand::random()).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
@@ -167,7 +171,7 @@ impl Service {
         caller: Caller,
     ) -> Result<(mpsc::Receiver<Result<GenerateResponse, Status>>, Changes), Status> {
         let tenant = self.admit(&caller)?;
-        let route = self.upstream.routes.table().model(&request.model)?;
+        let (_, route) = self.group(&request.model, caller.deadline).await?;
         let valid = edit::validate(request, &route.model).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let bytes = valid.text_bytes();
@@ -229,7 +233,7 @@ impl Service {
         let entered = self.admission.enter(ask).await;
         let ticket = entered.inspect_err(|_| caller.tenant.refund(rows))?;
         self.upstream.retries().deposit(Instant::now().into_std());
-        let mut relay = Relay::new(Arc::clone(&self.upstream), job, assembler);
+        let mut relay = Relay::new(Arc::clone(&self.upstream), job, assembler, self.begin_wait());
         let first = match relay.over() {
             Some(_) => None,
             None => Some(relay.open().await?),
@@ -241,6 +245,38 @@ impl Service {
         let client = Client { events, stall_limit, group_wait, stop: self.stop.clone(), _permits: (ticket, tenant) };
         tokio::spawn(relay.deliver(first, client));
         Ok(reading)
+    }
+
+    /// Some group of a model, and the table it is in. Where a model that was served has none at present, waits a little: a
+    /// group that lost a rank forms anew within seconds.
+    ///
+    /// # Errors
+    /// As [`Table::model`](crate::routes::Table::model).
+    async fn group(&self, model: &str, deadline: Option<Instant>) -> Result<(Arc<Table>, Arc<Route>), Status> {
+        let patience = Instant::now() + self.begin_wait();
+        let until = deadline.map_or(patience, |deadline| deadline.min(patience));
+        let mut tables = self.upstream.routes.watch();
+        loop {
+            let table = Arc::clone(&tables.borrow_and_update());
+            let status = match table.model(model) {
+                Ok(route) => return Ok((table, route)),
+                Err(status) => status,
+            };
+            let comes = async {
+                tokio::select! {
+                    changed = tables.changed() => changed.is_ok(),
+                    () = self.draining.cancelled() => false,
+                }
+            };
+            if !table.had(model) || !tokio::time::timeout_at(until, comes).await.unwrap_or(false) {
+                return Err(status);
+            }
+        }
+    }
+
+    /// How long a request that has not begun waits for a group.
+    fn begin_wait(&self) -> Duration {
+        BEGIN_WAIT.min(self.group_wait)
     }
 
     /// The ready models.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 #![allow(clippy::print_stdout, reason = "each test prints what it measured")]
 
+mod cuts;
 mod pool;
 mod processes;
 

@@ -139,15 +139,30 @@ impl Cluster {
     }
 
     pub fn worker(&self, listen: &str) -> Process {
-        let (control, model) = (&self.control, model());
-        let worker = ["worker", "--controller", control, "--model", &model, "--threads", "1", "--dtype", "f32"];
-        Process::start(&worker, listen)
+        self.worker_at(listen, &["--controller", &self.control])
+    }
+
+    /// A worker with other arguments beside the usual ones.
+    pub fn worker_with(&self, arguments: &[&str]) -> Process {
+        let control: &[&str] = if arguments.contains(&"--controller") { &[] } else { &["--controller", &self.control] };
+        self.worker_at("127.0.0.1:0", &[control, arguments].concat())
+    }
+
+    fn worker_at(&self, listen: &str, arguments: &[&str]) -> Process {
+        let model = model();
+        let worker = ["worker", "--model", &model, "--threads", "1", "--dtype", "f32"];
+        Process::start(&[&worker[..], arguments].concat(), listen)
     }
 
     /// A worker that serves what it is assigned.
     pub fn pooled(&self, name: &str) -> Process {
-        let worker = ["worker", "--controller", &self.control, "--pool", "--threads", "1", "--zone", "here"];
-        Process::start(&[&worker[..], &["--worker-id", name]].concat(), "127.0.0.1:0")
+        self.pooled_with(name, &[])
+    }
+
+    /// As [`Cluster::pooled`], with other arguments beside the usual ones.
+    pub fn pooled_with(&self, name: &str, arguments: &[&str]) -> Process {
+        let worker = ["worker", "--controller", &self.control, "--pool", "--threads", "1", "--worker-id", name];
+        Process::start(&[&worker[..], arguments].concat(), "127.0.0.1:0")
     }
 
     /// Runs `unmask apply` on a file's text, and waits until all groups serve.

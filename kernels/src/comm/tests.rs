@@ -169,6 +169,20 @@ fn an_abort_wakes_who_waits() {
 }
 
 #[test]
+fn nothing_to_add_up_is_no_message() {
+    for (name, group) in groups(2) {
+        let sums = on_all(group, |mut comm| {
+            comm.all_reduce(&mut [], soon()).unwrap();
+            comm.all_gather(&[], &mut [], soon()).unwrap();
+            let mut value = [1.0];
+            comm.all_reduce(&mut value, soon()).unwrap();
+            value[0]
+        });
+        assert_eq!(sums, [2.0, 2.0], "{name}");
+    }
+}
+
+#[test]
 fn forming_can_be_given_up_and_waits_for_a_rank_that_comes_to_this_epoch_later() {
     let listeners: Vec<TcpListener> = (0..2).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
     let addresses: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
