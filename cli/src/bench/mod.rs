@@ -4,9 +4,11 @@
 //! - [`step`], [`shapes`]: one forward pass against that, operation by operation
 //! - [`streams`]: many requests in one engine against that
 //! - [`serve`]: the whole path under load
+//! - [`gateway`]: what the gateway itself costs
 //! - `twin`: a model against its autoregressive decoding (with the cargo feature `train`)
 //! - [`machine`], [`memory`]: what a measurement ran on, and what it held
 
+pub mod gateway;
 pub mod machine;
 pub mod memory;
 pub mod roof;
@@ -43,6 +45,9 @@ pub enum BenchCommand {
     /// Serving: latency, throughput and goodput from client to worker
     #[command(after_help = serve::args::EXAMPLES)]
     Serve(serve::args::ServeArgs),
+    /// What the gateway itself costs: latency beside the direct way, requests/s, memory per idle stream
+    #[command(after_help = gateway::EXAMPLES)]
+    Gateway(gateway::GatewayBenchArgs),
     /// Compare a model with autoregressive decoding on held-out tasks: tokens/s, passes, pass rate
     #[cfg(feature = "train")]
     #[command(after_help = twin::EXAMPLES)]
@@ -59,6 +64,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         BenchCommand::Step(args) => step::run(&args),
         BenchCommand::Streams(args) => streams::run(&args),
         BenchCommand::Serve(args) => serve::run(args),
+        BenchCommand::Gateway(args) => gateway::run(&args),
         #[cfg(feature = "train")]
         BenchCommand::Twin(args) => twin::run(&args),
     }
