@@ -97,6 +97,21 @@ fn a_gateway_is_measured_beside_the_direct_way() {
 }
 
 #[test]
+fn the_automatic_policy_is_measured_beside_every_setting_that_is_good_enough() {
+    let all = json("bench policy --closed 1,3 --repeats 2 --duration 300ms --settle 2s --max-tokens 24 --json");
+    assert_eq!(all["format"], "unmask.bench-policy/1");
+    let loads = all["loads"].as_array().unwrap();
+    assert_eq!(loads.len(), 2);
+    for load in loads {
+        let sides = load["sides"].as_array().unwrap();
+        assert!(sides[0]["setting"].is_null() && sides[1..].iter().all(|side| side["setting"].is_object()));
+        assert!(sides.iter().any(|side| side["setting"]["block_size"] == 1), "autoregressive is among them: {load:#}");
+        assert!(sides.iter().all(|side| side["tokens_per_s"].as_array().unwrap().len() == 2));
+        assert!(load["before"]["setting"].is_object(), "a setting is in force: {load:#}");
+    }
+}
+
+#[test]
 fn an_open_loop_sends_every_request_of_its_schedule() {
     let all = report("--rate 20,40 --requests 6 --max-tokens 24 --block-size 8 --policy threshold=0.9 --seed 3");
     assert_eq!(all["format"], "unmask.bench-serve/1");
