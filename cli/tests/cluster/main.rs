@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "each test prints what it measured")]
 
 mod processes;
+mod python;
 
 use processes::{Cluster, LIMIT, Process};
 use std::sync::Arc;
