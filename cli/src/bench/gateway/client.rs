@@ -187,7 +187,12 @@ impl Client {
                         open.next += 1;
                     }
                 }
-                Event::Finish(finish) => break finish.reason(),
+                Event::Finish(finish) => {
+                    // The stream is read to its end: h2 counts what comes for a stream that was dropped, and ends the
+                    // connection after 1024 such.
+                    ensure!(open.events.next().await?.is_none(), "something follows the finish");
+                    break finish.reason();
+                }
                 Event::Started(_) | Event::Draft(_) => bail!("an event that nobody asked for"),
             }
         };
