@@ -79,6 +79,39 @@ fn streams_are_measured_beside_the_bare_step() {
 }
 
 #[test]
+fn a_gateway_is_measured_beside_the_direct_way() {
+    let all = json("bench gateway --streams 1,8 --requests 8 --saturation-s 1 --idle 40 --repeats 2 --json");
+    assert_eq!(all["format"], "unmask.bench-gateway/1");
+    let latency = all["latency"].as_array().unwrap();
+    let counts: Vec<_> = latency.iter().map(|m| (m["streams"].as_u64(), m["requests"].as_u64())).collect();
+    assert_eq!(counts, [(Some(1), Some(8)), (Some(8), Some(16))]);
+    for measured in latency {
+        for what in ["first_event", "block"] {
+            assert!(measured[what]["gateway_p99_ms"]["max"].as_f64().unwrap() > 0.0, "{measured:#}");
+        }
+    }
+    for what in ["direct_per_s", "gateway_per_s", "gateway_cpu_us"] {
+        assert!(all["saturated"][what]["min"].as_f64().unwrap() > 0.0, "{all:#}");
+    }
+    assert_eq!(all["idle"]["streams"], 40);
+}
+
+#[test]
+fn the_automatic_policy_is_measured_beside_every_setting_that_is_good_enough() {
+    let all = json("bench policy --closed 1,3 --repeats 2 --duration 300ms --settle 2s --max-tokens 24 --json");
+    assert_eq!(all["format"], "unmask.bench-policy/1");
+    let loads = all["loads"].as_array().unwrap();
+    assert_eq!(loads.len(), 2);
+    for load in loads {
+        let sides = load["sides"].as_array().unwrap();
+        assert!(sides[0]["setting"].is_null() && sides[1..].iter().all(|side| side["setting"].is_object()));
+        assert!(sides.iter().any(|side| side["setting"]["block_size"] == 1), "autoregressive is among them: {load:#}");
+        assert!(sides.iter().all(|side| side["tokens_per_s"].as_array().unwrap().len() == 2));
+        assert!(load["before"]["setting"].is_object(), "a setting is in force: {load:#}");
+    }
+}
+
+#[test]
 fn an_open_loop_sends_every_request_of_its_schedule() {
     let all = report("--rate 20,40 --requests 6 --max-tokens 24 --block-size 8 --policy threshold=0.9 --seed 3");
     assert_eq!(all["format"], "unmask.bench-serve/1");

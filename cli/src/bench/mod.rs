@@ -4,14 +4,19 @@
 //! - [`step`], [`shapes`]: one forward pass against that, operation by operation
 //! - [`streams`]: many requests in one engine against that
 //! - [`serve`]: the whole path under load
+//! - [`gateway`]: what the gateway itself costs
+//! - [`policy`]: goodput of the automatic block size against every fixed one
 //! - `twin`: a model against its autoregressive decoding (with the cargo feature `train`)
-//! - [`machine`], [`memory`]: what a measurement ran on, and what it held
+//! - [`machine`], [`memory`], [`spread`]: what a measurement ran on, what it held, and what its repeats gave
 
+pub mod gateway;
 pub mod machine;
 pub mod memory;
+pub mod policy;
 pub mod roof;
 pub mod serve;
 pub mod shapes;
+pub mod spread;
 pub mod step;
 pub mod streams;
 #[cfg(feature = "train")]
@@ -43,6 +48,12 @@ pub enum BenchCommand {
     /// Serving: latency, throughput and goodput from client to worker
     #[command(after_help = serve::args::EXAMPLES)]
     Serve(serve::args::ServeArgs),
+    /// What the gateway itself costs: latency beside the direct way, requests/s, memory per idle stream
+    #[command(after_help = gateway::EXAMPLES)]
+    Gateway(gateway::GatewayBenchArgs),
+    /// Goodput of the automatic block size against every fixed setting of the model's quality.json
+    #[command(after_help = policy::EXAMPLES)]
+    Policy(policy::PolicyBenchArgs),
     /// Compare a model with autoregressive decoding on held-out tasks: tokens/s, passes, pass rate
     #[cfg(feature = "train")]
     #[command(after_help = twin::EXAMPLES)]
@@ -59,6 +70,8 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         BenchCommand::Step(args) => step::run(&args),
         BenchCommand::Streams(args) => streams::run(&args),
         BenchCommand::Serve(args) => serve::run(args),
+        BenchCommand::Policy(args) => policy::run(&args),
+        BenchCommand::Gateway(args) => gateway::run(&args),
         #[cfg(feature = "train")]
         BenchCommand::Twin(args) => twin::run(&args),
     }

@@ -5,6 +5,7 @@
 mod cuts;
 mod pool;
 mod processes;
+mod python;
 
 use processes::{Cluster, LIMIT, Process};
 use std::sync::Arc;

@@ -118,14 +118,15 @@ fn rate(text: &str) -> Result<f64, String> {
     if rate > 0.0 && rate <= RATE_MAX { Ok(rate) } else { Err(format!("must be above 0 and at most {RATE_MAX}")) }
 }
 
-fn milliseconds(text: &str) -> Result<f64, String> {
+/// Above 0, at most a day.
+pub(in crate::bench) fn milliseconds(text: &str) -> Result<f64, String> {
     let value = text.parse::<f64>().map_err(|error| error.to_string())?;
     let max = DURATION_MAX.as_secs_f64() * 1e3;
     if value > 0.0 && value <= max { Ok(value) } else { Err(format!("must be above 0 and at most {max}")) }
 }
 
 /// A number with its unit: ms, s, m or h.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(in crate::bench) fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let scale = match unit {

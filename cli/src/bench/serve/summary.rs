@@ -229,7 +229,8 @@ impl Tokens {
 }
 
 impl Latency {
-    fn of(samples: impl Iterator<Item = Duration>) -> Self {
+    /// Of all samples.
+    pub fn of(samples: impl Iterator<Item = Duration>) -> Self {
         let mut sorted: Vec<Duration> = samples.collect();
         sorted.sort_unstable();
         let at = |per_cent: usize| {
