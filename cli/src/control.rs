@@ -151,7 +151,7 @@ pub fn drain(args: &DrainArgs) -> anyhow::Result<ExitCode> {
 pub fn policies(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let status = get(&args.at.controller)?;
     let json = || Value::from(status.policies.iter().map(policy_json).collect::<Vec<_>>());
-    output::out(&if args.json { format!("{:#}\n", json()) } else { policies_table(&status.policies) })?;
+    output::out(&if args.json { format!("{:#}\n", json()) } else { policies_table(&status) })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -212,23 +212,32 @@ fn table(status: &GetStatusResponse) -> String {
         let _ = write!(text, "\n{}", apply::table(&status.models));
     }
     if !status.policies.is_empty() {
-        let _ = write!(text, "\n{}", policies_table(&status.policies));
+        let _ = write!(text, "\n{}", policies_table(status));
     }
     text
 }
 
-fn policies_table(policies: &[PolicyStatus]) -> String {
-    if policies.is_empty() {
+fn policies_table(status: &GetStatusResponse) -> String {
+    if status.policies.is_empty() {
         return "every model has its own settings (change that with unmask policy set)\n".into();
     }
     let mut text = String::new();
-    for policy in policies {
+    for policy in &status.policies {
         let in_force = policy.current.as_ref().map_or_else(|| "the model's own settings".into(), setting);
         let revision =
             policy.current.as_ref().map_or_else(String::new, |current| format!(", revision {}", current.revision));
-        let _ = writeln!(text, "{}: {in_force}{revision} ({}; {})", policy.model, asked(policy), policy.why);
+        let taken = policy.current.as_ref().map_or_else(String::new, |current| taken(status, current));
+        let _ = writeln!(text, "{}: {in_force}{revision}{taken} ({}; {})", policy.model, asked(policy), policy.why);
     }
     text
+}
+
+/// In how many groups requests decode by a policy already.
+fn taken(status: &GetStatusResponse, current: &ModelPolicy) -> String {
+    let serves = |member: &&Member| member.model == current.model && member.state() == WorkerState::Ready;
+    let groups = || status.members.iter().filter(serves);
+    let by_it = groups().filter(|member| member.policy_revision >= current.revision).count();
+    format!(", taken up by {by_it} of {} groups", groups().count())
 }
 
 fn asked(policy: &PolicyStatus) -> String {
@@ -261,7 +270,7 @@ fn to_json(status: &GetStatusResponse) -> Value {
             "endpoint": member.endpoint, "model": member.model, "state": state(member), "requests": member.requests,
             "outstanding_rows": member.outstanding_rows, "silent_ms": member.silent_ms,
             "connected": member.connected, "rank": member.rank, "problem": member.problem,
-            "loaded_percent": member.loaded_percent,
+            "loaded_percent": member.loaded_percent, "policy_revision": member.policy_revision,
             "pool": member.capacity.as_ref().map(|capacity| json!({
                 "memory_bytes": capacity.memory_bytes, "zone": capacity.zone, "rank_address": capacity.rank_address,
             })),

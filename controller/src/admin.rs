@@ -44,6 +44,7 @@ pub(crate) fn status(state: &State, term: u64, now: Duration) -> GetStatusRespon
         rank: state.rank_of(worker_id),
         problem: member.problem.clone(),
         loaded_percent: member.loaded_percent,
+        policy_revision: member.policy_revision,
     };
     let policy = |(model, settings): (&String, &ModelSettings)| PolicyStatus {
         model: model.clone(),

@@ -1,5 +1,5 @@
 //! What the controller keeps in the store: the epoch floor, the groups, what is wanted of models, where their groups are, and
-//! how models' settings come about.
+//! how models' settings come about. Fields that a later version wrote beside ours stay as they are.
 //!
 //! Every write needs leadership still: those of a controller that was paused or cut off for too long fail.
 
@@ -10,6 +10,7 @@ use crate::placement::{Device, Slot};
 use crate::store::{Entry, Expected, Guard, Put, Revision, Store, StoreError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
@@ -77,6 +78,8 @@ pub(crate) struct Ledger<S> {
     store: S,
     leadership: Guard,
     revisions: HashMap<String, Revision>,
+    /// Values as last read or written, by key.
+    values: HashMap<String, Map<String, Value>>,
 }
 
 impl<S: Store> Ledger<S> {
@@ -87,7 +90,12 @@ impl<S: Store> Ledger<S> {
         let settings = store.range(SETTINGS).await?.entries;
         let desired = store.range(DESIRED).await?.entries;
         let placed = store.range(PLACED).await?.entries;
-        let mut ledger = Self { store, leadership, revisions: HashMap::new() };
+        let mut ledger = Self { store, leadership, revisions: HashMap::new(), values: HashMap::new() };
+        for (key, entry) in groups.iter().chain(&settings).chain(&desired).chain(&placed) {
+            if let Ok(Value::Object(fields)) = serde_json::from_slice(&entry.value) {
+                ledger.values.insert(key.clone(), fields);
+            }
+        }
         if let Some(entry) = &floor {
             ledger.revisions.insert(EPOCH_FLOOR.to_owned(), entry.revision);
         }
@@ -125,31 +133,41 @@ impl<S: Store> Ledger<S> {
         match fact {
             Fact::EpochFloor(epoch) => self.write(EPOCH_FLOOR, Some(epoch.to_string())).await,
             Fact::Group { worker_id, group: Group { id, epoch } } => {
-                let stored = serde_json::to_string(&StoredGroup { group_id: id.clone(), epoch: *epoch });
-                self.write(&format!("{GROUPS}{worker_id}"), Some(stored.unwrap_or_default())).await
+                let stored = StoredGroup { group_id: id.clone(), epoch: *epoch };
+                self.write_fields(&format!("{GROUPS}{worker_id}"), &stored).await
             }
             Fact::Settings { model, intent, revision } => {
-                let stored = serde_json::to_string(&StoredSettings { intent: intent.clone(), revision: *revision });
-                self.write(&format!("{SETTINGS}{model}"), Some(stored.unwrap_or_default())).await
+                let stored = StoredSettings { intent: intent.clone(), revision: *revision };
+                self.write_fields(&format!("{SETTINGS}{model}"), &stored).await
             }
             Fact::NoGroup { worker_id } => self.delete(&format!("{GROUPS}{worker_id}")).await,
             Fact::Desired { model, desired: None, .. } => self.delete(&format!("{DESIRED}{model}")).await,
             Fact::Desired { model, desired: Some(desired), revision } => {
                 let stored = StoredDesired { desired: desired.clone(), revision: *revision };
-                let stored = serde_json::to_string(&stored).unwrap_or_default();
-                self.write(&format!("{DESIRED}{model}"), Some(stored)).await
+                self.write_fields(&format!("{DESIRED}{model}"), &stored).await
             }
             Fact::Placed { slot, group: None } => self.delete(&placed_key(slot)).await,
             Fact::Placed { slot, group: Some(Placed { epoch, ranks, source, .. }) } => {
                 let (slot, source, ranks) = (slot.clone(), source.clone(), ranks.clone());
                 let key = placed_key(&slot);
-                let stored = serde_json::to_string(&StoredPlaced { slot, source, epoch: *epoch, ranks });
-                self.write(&key, Some(stored.unwrap_or_default())).await
+                self.write_fields(&key, &StoredPlaced { slot, source, epoch: *epoch, ranks }).await
             }
         }
     }
 
+    /// Writes a value's fields over those that are there.
+    async fn write_fields(&mut self, key: &str, value: &impl Serialize) -> Result<(), StoreError> {
+        let mut fields = self.values.remove(key).unwrap_or_default();
+        if let Ok(Value::Object(ours)) = serde_json::to_value(value) {
+            fields.extend(ours);
+        }
+        let text = Value::Object(fields.clone()).to_string();
+        self.values.insert(key.to_owned(), fields);
+        self.write(key, Some(text)).await
+    }
+
     async fn delete(&mut self, key: &str) -> Result<(), StoreError> {
+        self.values.remove(key);
         if self.revisions.contains_key(key) { self.write(key, None).await } else { Ok(()) }
     }
 
@@ -274,6 +292,20 @@ mod tests {
         assert_eq!((&recovered.settings["m"].intent, recovered.settings["m"].revision), (&intent, 4));
         assert_eq!(recovered.desired, BTreeMap::from([("m".to_owned(), (wanted, 3))]));
         assert_eq!(recovered.placed, BTreeMap::from([(slot(0), group_of_pool)]));
+    }
+
+    #[tokio::test]
+    async fn fields_of_a_later_version_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Embedded::open(folder.path().join("s")).await.unwrap();
+        let later = r#"{"intent": "model_defaults", "revision": 3, "weight": 7}"#;
+        store.put(Put::new("settings/m", Expected::Absent, Some(later.into()))).await.unwrap();
+        let (mut ledger, recovered) = lead(&store).await;
+        assert_eq!(recovered.settings["m"].revision, 3);
+        ledger.record(&Fact::Settings { model: "m".into(), intent: Intent::ModelDefaults, revision: 4 }).await.unwrap();
+        let written = store.get("settings/m").await.unwrap().unwrap().value;
+        let written: Value = serde_json::from_slice(&written).unwrap();
+        assert_eq!(written, serde_json::json!({"intent": "model_defaults", "revision": 4, "weight": 7}));
     }
 
     #[test]

@@ -273,6 +273,6 @@ fn heartbeat(report: &Report) -> Result<Heartbeat, Status> {
     let (active, outstanding_rows) = (report.active_requests, report.outstanding_rows);
     let requests = active.saturating_add(report.queued_requests);
     let problem = report.problem.chars().take(PROBLEM_CHARS_MAX).collect();
-    let (epoch, loaded_percent) = (report.epoch, report.loaded_percent);
-    Ok(Heartbeat { epoch, readiness, outstanding_rows, requests, active, problem, loaded_percent })
+    let Report { epoch, loaded_percent, policy_revision, .. } = *report;
+    Ok(Heartbeat { epoch, readiness, outstanding_rows, requests, active, problem, loaded_percent, policy_revision })
 }

@@ -8,6 +8,7 @@ use crate::service::Present;
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -16,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 use tonic::{Code, Status, Streaming};
+use unmask_engine::Load;
 use unmask_proto::controllers::Controllers;
 use unmask_proto::network::Network;
 use unmask_proto::rich;
@@ -174,7 +176,10 @@ impl Joiner {
     }
 
     fn report(&self, out: &mpsc::Sender<JoinRequest>) -> Result<(), Status> {
-        let load = self.serving.borrow().as_ref().map(|serving| serving.runner.load()).unwrap_or_default();
+        let (load, policy_revision) = match self.serving.borrow().as_ref() {
+            Some(serving) => (serving.runner.load(), serving.policy_revision.load(Ordering::Relaxed)),
+            None => (Load::default(), 0),
+        };
         let Standing { epoch, readiness } = self.membership.standing();
         let (mut problem, mut loaded_percent) = (String::new(), 0);
         let state = match readiness {
@@ -195,6 +200,7 @@ impl Joiner {
             state: state.into(),
             problem,
             loaded_percent,
+            policy_revision,
             outstanding_rows: load.outstanding_rows,
             active_requests: load.active as u32,
             queued_requests: load.queued as u32,

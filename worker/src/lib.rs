@@ -42,6 +42,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use thiserror::Error;
@@ -365,7 +366,18 @@ fn start(
     let (runner, thread) = runner::start(engine, limits, patience).map_err(no_thread)?;
     let default_policy = model.config().decode.policy;
     let announced = (epoch > 0).then(|| loaded.clone());
-    Ok((Serving { runner, model_name, default_policy, tokenizer, loaded: announced }, loaded, thread))
+    Ok((
+        Serving {
+            runner,
+            model_name,
+            default_policy,
+            tokenizer,
+            policy_revision: AtomicU64::new(0),
+            loaded: announced,
+        },
+        loaded,
+        thread,
+    ))
 }
 
 fn no_thread(source: io::Error) -> WorkerError {

@@ -7,6 +7,7 @@ use crate::membership::{Membership, Readiness, Standing};
 use crate::runner::{self, Handle};
 use futures::stream::{BoxStream, StreamExt as _};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
@@ -24,6 +25,8 @@ pub(crate) struct Serving {
     pub model_name: String,
     pub default_policy: Policy,
     pub tokenizer: TokenizerFiles,
+    /// Latest revision of the model's policy among the requests taken.
+    pub policy_revision: AtomicU64,
     /// What the controller is told of it, where it was the controller that assigned it.
     pub loaded: Option<Loaded>,
 }
@@ -74,7 +77,9 @@ impl WorkerService for Service {
         let terms = terms(&message, arrived, deadline);
         let request = mapping::request(message, serving.runner.next_id(), &serving.default_policy)
             .map_err(|violations| rich::invalid(&violations))?;
+        let revision = terms.policy_revision;
         let reading = serving.runner.submit(request, terms).await?;
+        serving.policy_revision.fetch_max(revision, Ordering::Relaxed);
         Ok(Response::new(stream(reading, open)))
     }
 

@@ -79,6 +79,8 @@ pub struct Heartbeat {
     pub problem: String,
     /// Layers in memory while it loads (percent).
     pub loaded_percent: u32,
+    /// Latest revision of the model's policy among the requests taken.
+    pub policy_revision: u64,
 }
 
 /// What happened.

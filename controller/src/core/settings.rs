@@ -221,6 +221,7 @@ mod tests {
             capacity: None,
             problem: String::new(),
             loaded_percent: 0,
+            policy_revision: 0,
             readiness: Readiness::Ready,
             outstanding_rows: 0,
             requests,

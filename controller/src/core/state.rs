@@ -42,6 +42,8 @@ pub struct Member {
     pub problem: String,
     /// Layers in memory while it loads (percent).
     pub loaded_percent: u32,
+    /// Latest revision of the model's policy among the requests that its group has taken.
+    pub policy_revision: u64,
     /// As last reported (rows).
     pub outstanding_rows: u64,
     /// As last reported: served or waiting.
@@ -72,6 +74,7 @@ impl Member {
             readiness: earlier.as_ref().map_or(readiness, |member| member.readiness),
             problem: String::new(),
             loaded_percent: 0,
+            policy_revision: 0,
             outstanding_rows: earlier.as_ref().map_or(0, |member| member.outstanding_rows),
             requests: earlier.as_ref().map_or(0, |member| member.requests),
             active: earlier.map_or(0, |member| member.active),
@@ -275,6 +278,7 @@ impl State {
         // A report of an earlier epoch says that the worker lives, not that it serves in this one.
         if beat.epoch == member.epoch {
             (member.problem, member.loaded_percent) = (beat.problem, beat.loaded_percent);
+            member.policy_revision = beat.policy_revision;
             // One that was told to drain does.
             if member.readiness != Readiness::Draining {
                 member.readiness = beat.readiness;

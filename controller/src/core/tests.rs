@@ -23,7 +23,16 @@ fn joining(worker: &str, epoch: u64) -> Box<Joining> {
 }
 
 fn beat(epoch: u64, readiness: Readiness, outstanding_rows: u64) -> Heartbeat {
-    Heartbeat { epoch, readiness, outstanding_rows, requests: 1, active: 1, problem: String::new(), loaded_percent: 0 }
+    Heartbeat {
+        epoch,
+        readiness,
+        outstanding_rows,
+        requests: 1,
+        active: 1,
+        problem: String::new(),
+        loaded_percent: 0,
+        policy_revision: 0,
+    }
 }
 
 fn epoch_of(actions: &[Action]) -> u64 {

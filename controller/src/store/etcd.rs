@@ -14,8 +14,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 
-/// Keys of other programs in the same cluster are left alone.
-const ROOT: &str = "unmask/";
+/// Keys of other programs in the same cluster, and of other layouts, are left alone.
+const ROOT: &str = "unmask/v1/";
 /// Longest wait for one answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// Pause before what may be done twice is tried again; another try may reach another member.

@@ -61,8 +61,17 @@ impl Pooled {
     fn report(&mut self, worker: &str, readiness: Readiness) {
         let epoch = self.told[worker].1;
         let problem = if readiness == Readiness::Fenced { "rank 1 is gone".into() } else { String::new() };
-        let (outstanding_rows, requests, active, loaded_percent) = (0, 0, 0, 0);
-        let beat = Heartbeat { epoch, readiness, outstanding_rows, requests, active, problem, loaded_percent };
+        let (outstanding_rows, requests, active, loaded_percent, policy_revision) = (0, 0, 0, 0, 0);
+        let beat = Heartbeat {
+            epoch,
+            readiness,
+            outstanding_rows,
+            requests,
+            active,
+            problem,
+            loaded_percent,
+            policy_revision,
+        };
         self.event(Event::Report(self.streams[worker], beat));
     }
 
