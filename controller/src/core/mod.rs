@@ -207,15 +207,11 @@ pub enum Action {
 pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
     let mut actions = Vec::new();
     let mut loads = false;
-    // A report that changes nothing leaves the groups as they are; the next tick looks at them anyway.
-    let before = match &event {
-        Event::Report(stream, _) => state.readiness_of(*stream),
-        _ => None,
-    };
-    let reported = if let Event::Report(stream, _) = &event { Some(*stream) } else { None };
+    let mut settles = true;
     match event {
         Event::Hello(stream, joining) => state.hello(stream, *joining, now, &mut actions),
-        Event::Report(stream, heartbeat) => state.report(stream, heartbeat, now, &mut actions),
+        // One that changes nothing leaves the groups as they are; the next tick looks at them anyway.
+        Event::Report(stream, heartbeat) => settles = state.report(stream, heartbeat, now, &mut actions),
         Event::Loaded(stream, epoch, model, measured) => state.loaded(stream, epoch, *model, measured),
         Event::Leave(stream) => state.leave(stream, &mut actions),
         Event::StreamClosed(stream) => state.stream_closed(stream),
@@ -229,7 +225,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
             loads = true;
         }
     }
-    if reported.is_none_or(|stream| state.readiness_of(stream) != before) {
+    if settles {
         state.settle(now, &mut actions);
     }
     state.publish(now, loads, &mut actions);

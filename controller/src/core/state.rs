@@ -171,11 +171,6 @@ impl State {
         self.members.iter_mut().find(|(_, member)| member.stream == Some(stream))
     }
 
-    /// Where the worker of a stream stands.
-    pub(super) fn readiness_of(&self, stream: StreamId) -> Option<Readiness> {
-        self.members.values().find(|member| member.stream == Some(stream)).map(|member| member.readiness)
-    }
-
     pub(super) fn hello(&mut self, stream: StreamId, joining: Joining, now: Duration, actions: &mut Vec<Action>) {
         // Another worker at the same endpoint is a process that is gone: two cannot listen on one port.
         let squatters: Vec<_> = self
@@ -250,42 +245,56 @@ impl State {
         self.epoch_floor
     }
 
-    pub(super) fn report(&mut self, stream: StreamId, beat: Heartbeat, now: Duration, actions: &mut Vec<Action>) {
+    /// Takes a heartbeat; whether the worker stands elsewhere than before.
+    pub(super) fn report(
+        &mut self,
+        stream: StreamId,
+        beat: Heartbeat,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) -> bool {
         let floor = self.epoch_floor;
-        let Some((worker_id, member)) = self.by_stream(stream) else { return };
+        let Some((worker_id, member)) = self.by_stream(stream) else { return false };
         member.heard = now;
         let worker_id = worker_id.clone();
         if beat.epoch > floor {
-            // It was led by a controller whose epochs this one never saw: move above them.
-            if member.capacity.is_some() {
-                member.epoch = beat.epoch;
-                self.next_epoch(beat.epoch, actions);
-                if self.seat_of(&worker_id).is_none() {
-                    self.release(&worker_id, actions);
-                }
-                return;
-            }
-            let group_id = member.group_id.clone();
-            let epoch = self.next_epoch(beat.epoch, actions);
-            if let Some(member) = self.members.get_mut(&worker_id) {
-                member.epoch = epoch;
-                member.readiness = Readiness::Loading;
-            }
-            actions.push(Action::Assign { stream, group_id, epoch, seat: None });
-            return;
+            self.rise_above(&worker_id, beat.epoch, actions);
+            return true;
         }
         (member.outstanding_rows, member.requests, member.active) = (beat.outstanding_rows, beat.requests, beat.active);
         // A report of an earlier epoch says that the worker lives, not that it serves in this one.
-        if beat.epoch == member.epoch {
-            (member.problem, member.loaded_percent) = (beat.problem, beat.loaded_percent);
-            member.policy_revision = beat.policy_revision;
-            // One that was told to drain does.
-            if member.readiness != Readiness::Draining {
-                member.readiness = beat.readiness;
+        if beat.epoch != member.epoch {
+            return false;
+        }
+        (member.problem, member.loaded_percent) = (beat.problem, beat.loaded_percent);
+        member.policy_revision = beat.policy_revision;
+        let before = member.readiness;
+        // One that was told to drain does.
+        if before != Readiness::Draining {
+            member.readiness = beat.readiness;
+        }
+        if beat.readiness != Readiness::Loading {
+            self.missing.remove(&worker_id);
+        }
+        before != beat.readiness
+    }
+
+    /// A worker was led by a controller whose epochs this one never saw: it moves above them.
+    fn rise_above(&mut self, worker_id: &str, seen: u64, actions: &mut Vec<Action>) {
+        let epoch = self.next_epoch(seen, actions);
+        let seated = self.seat_of(worker_id).is_some();
+        let Some(member) = self.members.get_mut(worker_id) else { return };
+        if member.capacity.is_some() {
+            member.epoch = seen;
+            if !seated {
+                self.release(worker_id, actions);
             }
-            if beat.readiness != Readiness::Loading {
-                self.missing.remove(&worker_id);
-            }
+            return;
+        }
+        (member.epoch, member.readiness) = (epoch, Readiness::Loading);
+        if let Some(stream) = member.stream {
+            let group_id = member.group_id.clone();
+            actions.push(Action::Assign { stream, group_id, epoch, seat: None });
         }
     }
 

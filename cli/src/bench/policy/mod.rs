@@ -171,7 +171,8 @@ impl Bench<'_> {
     }
 
     async fn ask_for_automatic(&self) -> anyhow::Result<()> {
-        let automatic = Automatic { latency_ms: Some(self.args.slo_block_ms), floor: Some(self.floor()) };
+        let (latency_ms, floor) = (Some(self.args.slo_block_ms), Some(self.floor()));
+        let automatic = Automatic { latency_ms, floor, block_sizes: Vec::new() };
         let intent = Some(PolicyIntent { kind: Some(Intent::Automatic(automatic)) });
         self.admin()?.set_policy(SetPolicyRequest { model: self.model.clone(), intent }).await?;
         Ok(())
@@ -199,6 +200,7 @@ impl Bench<'_> {
             context: TYPICAL_CONTEXT,
             latency_ms: Some(self.args.slo_block_ms),
             floor: self.floor(),
+            block_sizes: Vec::new(),
         };
         choose(&self.profile, &self.quality, &load)
     }
