@@ -55,6 +55,7 @@ pub(crate) async fn run<S: Store>(
                 }
             };
             let won = tokio::select! {
+                biased;
                 won = wait => won?,
                 () = stop.cancelled() => None,
             };
@@ -146,6 +147,7 @@ async fn lead<S: Store>(
     let shell = tokio::spawn(shell.run());
     standing.send_replace(Standing::Leading(handle));
     let lost = tokio::select! {
+        biased;
         lost = hold(store, tenure.lease, until) => Some(lost),
         () = over.cancelled() => None,
     };

@@ -29,6 +29,7 @@ pub use store::{StoreError, StoreUrl};
 
 use crate::lead::Standing;
 use crate::service::Service;
+use crate::store::Store;
 use std::future::Future;
 use std::time::Duration;
 use thiserror::Error;
@@ -77,8 +78,21 @@ pub async fn run(
     incoming: impl Into<Incoming>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
-    let incoming = incoming.into();
     let store = store::open(&config.store).await?;
+    run_on(store, config, incoming, shutdown).await
+}
+
+/// The same on a store that is open already; the one that the settings name is not looked at.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_on(
+    store: impl Store,
+    config: Config,
+    incoming: impl Into<Incoming>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ControllerError> {
+    let incoming = incoming.into();
     let address = match &config.advertise {
         Some(address) => address.clone(),
         None => match incoming.local_addr().map_err(ControllerError::Address)? {
@@ -106,6 +120,7 @@ pub async fn run(
     tokio::pin!(server, shutdown, leading);
     let mut led = None;
     let served = tokio::select! {
+        biased;
         served = &mut server => served,
         ended = &mut leading => {
             led = Some(ended);

@@ -149,6 +149,7 @@ async fn member_stream(
     over: CancellationToken,
 ) {
     let greeted = tokio::select! {
+        biased;
         greeted = read_hello(&mut inbound) => greeted,
         () = over.cancelled() => Err(stopping()),
     };
@@ -166,6 +167,7 @@ async fn member_stream(
         return;
     }
     let read = tokio::select! {
+        biased;
         read = read_reports(stream, &mut inbound, &inputs) => read,
         () = over.cancelled() => Err(stopping()),
         () = ended.cancelled() => Ok(()),

@@ -1,7 +1,8 @@
 //! Whether a group is worth asking: a circuit breaker with a single probe. Pure.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// How long a group that broke is passed over, at first; each failed probe doubles it.
 const REST_MIN: Duration = Duration::from_millis(250);

@@ -64,6 +64,8 @@ pub struct Config {
     pub group_wait: Duration,
     /// Who may ask.
     pub tenants: Tenants,
+    /// What is drawn follows from it; `None` draws from the system's randomness.
+    pub seed: Option<u64>,
 }
 
 /// Everything wrong with a configuration.
@@ -84,6 +86,7 @@ impl Config {
             stall_limit: STALL_LIMIT,
             group_wait: GROUP_WAIT,
             tenants: Tenants::default(),
+            seed: None,
         }
     }
 }

@@ -14,12 +14,14 @@
 //! - `relay`: one stream from worker to client; continuation elsewhere
 //! - `stream`: order, no position twice, stop strings, text (pure)
 //! - `routes`, `circuit`, `watch`: which groups there are; which of them break; following the controller
+//! - `dice`: what is drawn
 //! - [`policy`]: policies as JSON
 //! - `openai`: the same requests over HTTP, as OpenAI's clients make them
 //! - `upstream`, `tokenizers`: connections to workers; tokenizers by digest
 
 mod circuit;
 pub mod config;
+mod dice;
 mod edit;
 mod openai;
 pub mod policy;
@@ -38,6 +40,7 @@ mod watch;
 
 pub use config::{Config, ConfigError, RawConfig};
 
+use crate::dice::Dice;
 use crate::routes::Routes;
 use crate::service::{LONG_TEXTS_MAX, Service};
 use crate::tokenizers::Tokenizers;
@@ -141,8 +144,10 @@ pub async fn run(
         }
     };
     let serving = async { tokio::try_join!(async { server.await.map_err(GatewayError::Serve) }, compatible) };
-    let watching = watch::run(config.controllers, config.network, config.gateway_id, Arc::clone(&service.upstream.routes));
+    let watching =
+        watch::run(config.controllers, config.network, config.gateway_id, Arc::clone(&service.upstream.routes));
     tokio::select! {
+        biased;
         served = serving => served.map(|_| ()),
         () = watching => Ok(()),
         () = reporting(&service, &reporter) => Ok(()),
@@ -151,8 +156,11 @@ pub async fn run(
 }
 
 fn service(config: &Config) -> Service {
+    let dice = Arc::new(Dice::new(config.seed));
+    let routes = Arc::new(Routes::new(Arc::clone(&dice)));
     Service {
-        upstream: Arc::new(Upstream { routes: Arc::new(Routes::new()), workers: Workers::new(config.network.clone()) }),
+        dice,
+        upstream: Arc::new(Upstream { routes, workers: Workers::new(config.network.clone()) }),
         tokenizers: Tokenizers::default(),
         streams: Arc::new(Semaphore::new(config.streams_max)),
         streams_max: config.streams_max,

@@ -10,6 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
+use unmask_proto::failpoints::{Bug, planted};
 use unmask_proto::rich;
 use unmask_proto::v1::run_response::Event as WorkerEvent;
 use unmask_proto::v1::{
@@ -134,6 +135,8 @@ impl Relay {
             let status = match opened {
                 Ok(stream) => {
                     route.answered();
+                    let (request_id, group, epoch) = (&self.job.request_id, &route.group, route.epoch);
+                    tracing::debug!(request_id, group, epoch, tokens = self.assembler.ids().len(), "runs at");
                     self.blocks_recomputed += recomputed;
                     self.attempts += 1;
                     return Ok(stream);
@@ -188,7 +191,7 @@ impl Relay {
         let failed = std::mem::take(&mut self.failed);
         let fresh = |route: &Route| same(route) && !failed.iter().any(|(g, e)| *g == route.group && *e == route.epoch);
         let mut tables = self.upstream.routes.watch();
-        let now = tables.borrow_and_update().pick(Instant::now().into_std(), fresh);
+        let now = tables.borrow_and_update().pick(Instant::now(), fresh);
         let left = self.left();
         if let (None, Some((Verdict::Busy, status)), None) = (&now, last, left) {
             return Err(forward(status));
@@ -198,7 +201,7 @@ impl Relay {
             // Whether it came or not, the table is asked again.
             let _ = timeout(REROUTE_WAIT, wait).await;
         }
-        if let Some(route) = now.or_else(|| self.upstream.routes.table().pick(Instant::now().into_std(), fresh)) {
+        if let Some(route) = now.or_else(|| self.upstream.routes.table().pick(Instant::now(), fresh)) {
             self.failed = failed;
             return Ok(route);
         }
@@ -206,7 +209,7 @@ impl Relay {
             let wait = tables.wait_for(|table| table.routes.iter().any(|route| same(route)));
             let _ = timeout(left, wait).await;
         }
-        self.upstream.routes.table().pick(Instant::now().into_std(), same).ok_or_else(|| {
+        self.upstream.routes.table().pick(Instant::now(), same).ok_or_else(|| {
             let message = format!("model `{}` has no ready group at present", model.name);
             rich::retryable(Code::Unavailable, "NO_GROUP", message, RETRY_AFTER)
         })
@@ -217,6 +220,11 @@ impl Relay {
         if settings.time_limit_ms > 0 {
             let elapsed = self.job.arrived.elapsed().as_millis() as u64;
             settings.time_limit_ms = settings.time_limit_ms.saturating_sub(elapsed).max(1);
+        }
+        if planted(Bug::UnpinnedPolicy)
+            && let Some(now) = self.upstream.routes.table().policy(&self.job.model.name)
+        {
+            (settings.block_size, settings.policy) = (now.block_size, now.policy);
         }
         RunRequest {
             request_id: self.job.request_id.clone(),
@@ -247,6 +255,7 @@ impl Relay {
         let (deadline, request_id) = (self.job.deadline, self.job.request_id.clone());
         self.patience = Some(client.group_wait);
         let end = tokio::select! {
+            biased;
             end = self.forward(first, &client) => end,
             () = client.events.closed() => {
                 tracing::debug!(request_id, "the client has gone");
@@ -307,6 +316,10 @@ impl Relay {
                 let fresh = self.assembler.commit(commit);
                 let fresh = fresh.map_err(|gap| rich::status(Code::Internal, "COMMIT_GAP", gap.to_string()))?;
                 if let Some(commit) = fresh {
+                    let (group, epoch) = self.current.as_ref().map_or(("", 0), |route| (&route.group, route.epoch));
+                    let (request_id, first, tokens) =
+                        (&self.job.request_id, commit.first_position, commit.token_ids.len());
+                    tracing::trace!(request_id, group, epoch, first, tokens, "commit");
                     (self.attempts, self.lost) = (0, None);
                     self.first_block.get_or_insert_with(|| self.job.arrived.elapsed());
                     client.send(Event::Commit(commit)).await?;

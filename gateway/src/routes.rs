@@ -1,11 +1,13 @@
 //! Which groups serve which model: the controller's table, and how much of our own work each group holds.
 
 use crate::circuit::Circuit;
+use crate::dice::Dice;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tonic::{Code, Status};
 use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::{self, ModelDescriptor, ModelPolicy, WatchRoutesResponse};
@@ -75,6 +77,7 @@ pub(crate) struct Table {
     policies: HashMap<String, ModelPolicy>,
     /// Models that have or had a ready group.
     known: BTreeSet<String>,
+    dice: Arc<Dice>,
 }
 
 impl Table {
@@ -88,7 +91,7 @@ impl Table {
         let earlier: Vec<_> = self.known.difference(&known).take(room).cloned().collect();
         known.extend(earlier);
         let policies = table.policies.into_iter().map(|policy| (policy.model.clone(), policy)).collect();
-        Table { routes, policies, known }
+        Table { routes, policies, known, dice: Arc::clone(&self.dice) }
     }
 
     /// The controller's settings for a model; `None` leaves it to the model.
@@ -128,7 +131,7 @@ impl Table {
         if candidates.iter().any(|route| route.circuit.is_closed()) {
             candidates.retain(|route| route.circuit.is_closed());
         }
-        let draw = || candidates.get(rand::random_range(0..candidates.len().max(1)));
+        let draw = || candidates.get(self.dice.index(0..candidates.len()));
         let (first, second) = (draw()?, draw()?);
         Some(Arc::clone(if second.load() < first.load() { second } else { first }))
     }
@@ -198,8 +201,8 @@ pub(crate) struct Routes(watch::Sender<Arc<Table>>);
 
 impl Routes {
     /// No routes yet.
-    pub(crate) fn new() -> Self {
-        Self(watch::Sender::new(Arc::default()))
+    pub(crate) fn new(dice: Arc<Dice>) -> Self {
+        Self(watch::Sender::new(Arc::new(Table { dice, ..Table::default() })))
     }
 
     /// The last table.
@@ -240,7 +243,7 @@ mod tests {
 
     #[test]
     fn models_are_found_listed_remembered_and_refused() {
-        let routes = Routes::new();
+        let routes = Routes::new(Arc::default());
         assert_eq!(routes.table().model("a").unwrap_err().code(), Code::Unavailable);
         routes.replace(table(vec![route("a", "1", 0)]));
         assert_eq!(routes.table().model("").unwrap().model.name, "a");
@@ -257,7 +260,7 @@ mod tests {
 
     #[test]
     fn the_less_loaded_of_two_is_taken_and_own_work_counts_until_it_ends() {
-        let routes = Routes::new();
+        let routes = Routes::new(Arc::default());
         routes.replace(table(vec![route("a", "1", 5), route("a", "2", 0)]));
         let busy = routes.table().choose(|route| route.group == "2").unwrap();
         let lease = busy.lease(100);
@@ -275,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_group_that_broke_is_passed_over_until_its_next_epoch_or_when_there_is_no_other() {
-        let routes = Routes::new();
+        let routes = Routes::new(Arc::default());
         routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
         let taken = |group: &str| {
             (0..100).filter(|_| routes.table().choose(|_| true).is_some_and(|route| route.group == group)).count()
@@ -293,7 +296,7 @@ mod tests {
 
     #[test]
     fn only_a_request_probes_a_group_that_broke() {
-        let routes = Routes::new();
+        let routes = Routes::new(Arc::default());
         routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
         let table = routes.table();
         table.choose(|route| route.group == "1").unwrap().broke();

@@ -1,6 +1,7 @@
 //! The path of a request: validate, tokenize, resolve, route; then the stream has a task of its own. gRPC's side of it is
 //! here too, HTTP's in `openai`.
 
+use crate::dice::Dice;
 use crate::edit::{self, Changes};
 use crate::prompt;
 use crate::relay::{Client, EVENTS_MAX, Job, Permits, Relay, stopping};
@@ -38,6 +39,7 @@ pub(crate) const LONG_TEXTS_MAX: usize = 4;
 
 /// What the service serves.
 pub(crate) struct Service {
+    pub dice: Arc<Dice>,
     pub upstream: Arc<Upstream>,
     pub tokenizers: Tokenizers,
     pub streams: Arc<Semaphore>,
@@ -131,7 +133,8 @@ impl Service {
         let table = self.upstream.routes.table();
         let route = table.model(&request.model)?;
         let chosen = table.policy(&route.model.name);
-        let valid = validate(request, &route.model, chosen, rand::random()).map_err(|found| rich::invalid(&found))?;
+        let valid =
+            validate(request, &route.model, chosen, self.dice.number()).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let (valid, prompt) = self.encode(valid, &tokenizer, &route).await?;
         let settings = settings::fit(&valid, &route.model, prompt.len()).map_err(|found| rich::invalid(&[found]))?;
@@ -139,7 +142,7 @@ impl Service {
         let done = valid.resume.as_ref().map_or(0, |resumed| resumed.received.len());
         caller.tenant.spend((prompt.len() as u64 + u64::from(settings.max_tokens)).saturating_sub(done as u64))?;
         let resumed = valid.resume.unwrap_or_else(|| Resumed {
-            request_id: uuid::Uuid::new_v4().to_string(),
+            request_id: self.dice.name(),
             received: Vec::new(),
             passes_used: 0,
         });
@@ -187,7 +190,7 @@ impl Service {
         settings.max_tokens = tokens as u32;
         caller.tenant.spend(tokens as u64)?;
         let job = Job {
-            request_id: uuid::Uuid::new_v4().to_string(),
+            request_id: self.dice.name(),
             model: Arc::clone(&route.model),
             prompt: Vec::new(),
             settings,

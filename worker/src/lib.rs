@@ -12,6 +12,7 @@
 //! - `mapping`: messages to engine types and back
 //! - `membership`, `join`: readiness and epoch; reports to the controller
 //! - `profile`: step times of the model on this device, kept on disk
+//! - `simulated`: all this over a simulated clock and network
 //! - `descriptor`: what the worker says of its model, tokenizer files
 
 pub mod config;
@@ -24,6 +25,8 @@ mod membership;
 mod profile;
 mod runner;
 mod service;
+#[cfg(feature = "simulation")]
+pub mod simulated;
 
 pub use config::{Config, ConfigError, Ranks, RawConfig};
 pub use descriptor::TokenizerFilesError;
@@ -152,6 +155,7 @@ pub async fn run(
     let mut readiness = membership.watch();
     let over = async {
         tokio::select! {
+            biased;
             () = &mut shutdown => {}
             _ = readiness.wait_for(|readiness| *readiness == Readiness::Draining) => {}
             _ = failure.wait_for(Option::is_some) => {}
@@ -204,6 +208,7 @@ async fn serve(
         .serve_with_incoming_shutdown(incoming, close.clone().cancelled_owned());
     tokio::pin!(server, shutdown);
     let served = tokio::select! {
+        biased;
         served = &mut server => served,
         () = &mut shutdown => {
             tracing::info!("draining");
@@ -211,6 +216,7 @@ async fn serve(
             reporter.set_not_serving::<Served>().await;
             reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
             let ended = tokio::select! {
+                biased;
                 served = &mut server => Some(served),
                 () = drain.run() => None,
             };
