@@ -33,12 +33,12 @@ use crate::store::Store;
 use std::future::Future;
 use std::time::Duration;
 use thiserror::Error;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use unmask_proto::network::Incoming;
 use unmask_proto::v1::admin_service_server::AdminServiceServer;
 use unmask_proto::v1::controller_service_server::ControllerServiceServer;
+use unmask_proto::watch;
 
 /// Longest message a member or gateway may send (bytes): a descriptor of 4 KiB, and measurements of a few times 10 KiB.
 const MESSAGE_BYTES_MAX: usize = 512 * 1024;

@@ -9,7 +9,7 @@ use futures::stream::{BoxStream, StreamExt as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -21,6 +21,7 @@ use unmask_proto::v1::{
     DrainRequest, DrainResponse, GetStatusRequest, GetStatusResponse, Hello, JoinRequest, JoinResponse, Report,
     SetPolicyRequest, SetPolicyResponse, WatchRoutesRequest, WatchRoutesResponse, WorkerState, join_request,
 };
+use unmask_proto::watch;
 
 /// Most Join streams at once: every member, and as many that come back before their old stream is noticed.
 const JOIN_STREAMS_MAX: usize = 2 * crate::core::MEMBERS_MAX;

@@ -221,7 +221,9 @@ impl Relay {
             let elapsed = self.job.arrived.elapsed().as_millis() as u64;
             settings.time_limit_ms = settings.time_limit_ms.saturating_sub(elapsed).max(1);
         }
+        let goes_on = !self.assembler.ids().is_empty();
         if planted(Bug::UnpinnedPolicy)
+            && goes_on
             && let Some(now) = self.upstream.routes.table().policy(&self.job.model.name)
         {
             (settings.block_size, settings.policy) = (now.block_size, now.policy);

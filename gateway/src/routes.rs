@@ -6,11 +6,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::{self, ModelDescriptor, ModelPolicy, WatchRoutesResponse};
+use unmask_proto::watch;
 
 /// Most routes that are taken from a table.
 const ROUTES_MAX: usize = 4096;

@@ -1,7 +1,7 @@
 //! What this worker is to its controller: where it stands, in which epoch.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::sync::watch;
+use unmask_proto::watch;
 
 /// Where a worker stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
