@@ -46,7 +46,11 @@ impl Host {
 
     /// Starts the process.
     pub fn start(&mut self) {
-        let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        // Which queue is looked at, and when clocks are, must not depend on how many polls there were before: a task that
+        // polls its futures in a random order (tonic's do) may need one more.
+        let mut builder = Builder::new_current_thread();
+        builder.enable_time().start_paused(true).global_queue_interval(1).event_interval(10_000);
+        let runtime = builder.build().unwrap();
         (self.paused, self.missed, self.rate) = (false, Duration::ZERO, 1.0);
         trace::on(&self.name);
         let main = (self.main)();

@@ -29,7 +29,7 @@ use std::sync::{Mutex, PoisonError};
 /// Seeds of a usual run.
 const SEEDS: u64 = 200;
 /// Every so many seeds, one runs twice.
-const TWICE_EVERY: u64 = 20;
+const TWICE_EVERY: u64 = 10;
 /// Last lines of a failing seed that are shown without being asked for.
 const TAIL: usize = 60;
 /// The cluster goes on for so long after the last request.
@@ -86,7 +86,7 @@ fn search(seeds: Range<u64>, bug: Option<Bug>) -> Option<(u64, String)> {
             }
             let outcome = run(seed, bug);
             let mut wrong = (!outcome.violations.is_empty()).then(|| report(seed, &outcome, TAIL));
-            if wrong.is_none() && bug.is_none() && seed % TWICE_EVERY == 0 {
+            if wrong.is_none() && bug.is_none() && seed % number("SIM_TWICE").unwrap_or(TWICE_EVERY) == 0 {
                 let again = run(seed, None);
                 wrong = (again.hash != outcome.hash).then(|| differs(seed, &outcome, &again));
             }
