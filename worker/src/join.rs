@@ -33,8 +33,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 const OUTBOUND_MAX: usize = 8;
 /// First pause before joining again; doubles up to [`BACKOFF_MAX`].
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
-/// Longest pause before joining again.
-const BACKOFF_MAX: Duration = Duration::from_secs(3);
+/// Longest pause before joining again: a worker asks three replicas, two of which are gone, within the time-to-live that a
+/// new leader gives it.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// A stream that lasted this long starts the pauses anew.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
 /// Longest wait for the controller to acknowledge a Leave.

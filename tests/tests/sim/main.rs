@@ -12,6 +12,7 @@ mod host;
 mod network;
 mod operator;
 mod plan;
+mod regressions;
 mod store;
 mod trace;
 mod world;
@@ -44,8 +45,12 @@ struct Outcome {
 
 fn run(seed: u64, bug: Option<Bug>) -> Outcome {
     bugs::plant(bug);
+    follow(Plan::draw(seed))
+}
+
+/// Lives through a plan.
+fn follow(plan: Plan) -> Outcome {
     let _tap = trace::begin();
-    let plan = Plan::draw(seed);
     let mut world = World::new(&plan);
     let (mut faults, mut checks) = (Faults::new(plan.faults.clone()), Checks::new(&plan));
     let mut end = host::ticks(END);

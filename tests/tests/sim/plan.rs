@@ -41,7 +41,8 @@ pub enum Kind {
 pub struct Plan {
     pub seed: u64,
     pub kind: Kind,
-    counts: [usize; 3],
+    /// Controllers, workers, gateways.
+    pub counts: [usize; 3],
     pub latency_max: u64,
     pub pages: u64,
     pub active_max: usize,
