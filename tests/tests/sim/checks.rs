@@ -1,11 +1,16 @@
 //! What must hold of the services among each other, read off what they log.
 
+use crate::host::ticks;
 use crate::plan::{Kind, Plan};
 use crate::trace::{self, Seen};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// Groups a request may take down before it is given up, as the gateway has it.
 const ATTEMPTS_MAX: usize = 3;
+
+/// A stream without a group waits almost so long for one (ticks).
+const GROUP_WAIT: u64 = ticks(Duration::from_secs(29));
 
 /// One process, from its start to its end.
 #[derive(Default)]
@@ -24,6 +29,8 @@ struct Request {
     commits: Vec<(u64, u64, String)>,
     /// Groups it lost since its last commit.
     lost: usize,
+    /// When it lost the first of them.
+    since: u64,
     /// Times it was given to a gateway.
     streams: u64,
 }
@@ -54,7 +61,13 @@ impl Checks {
                 "runs" => self.runs(&seen),
                 "store write" => self.guarded(&seen),
                 "commit" => self.commit(&seen),
-                "going on elsewhere" => self.request(&seen).lost += 1,
+                "going on elsewhere" => {
+                    let request = self.request(&seen);
+                    request.lost += 1;
+                    if request.lost == 1 {
+                        request.since = seen.tick;
+                    }
+                }
                 "client started" => {
                     let block = seen.number("block");
                     let request = self.request(&seen);
@@ -119,11 +132,12 @@ impl Checks {
         request.commits.push((first, tokens, place));
     }
 
-    /// No stream is lost while a worker is well, unless the request took three groups down.
+    /// No stream is lost while a worker is well or before it has waited for one, unless the request took three groups down.
     fn lost(&mut self, seen: &Seen) {
-        let lost = self.request(seen).lost;
+        let request = self.request(seen);
+        let (lost, waited) = (request.lost, seen.tick - request.since);
         let well = matches!(self.kind, Kind::Spared | Kind::Leaders | Kind::Calm);
-        if well && lost < ATTEMPTS_MAX {
+        if lost < ATTEMPTS_MAX && (well || waited < GROUP_WAIT) {
             trace::violation(format!("{} was lost after {lost} groups", seen.field("request_id")));
         }
     }

@@ -218,7 +218,9 @@ impl Asking {
         let endpoint = Endpoint::from_shared(format!("http://{}", network::address(gateway)))
             .unwrap()
             .http2_keep_alive_interval(PING)
-            .keep_alive_timeout(PING);
+            .keep_alive_timeout(PING)
+            // Else a stream whose client has been dropped counts as idle, and a gateway that hangs is not noticed.
+            .keep_alive_while_idle(true);
         let network = self.clients.network.of(self.clients.host);
         let channel = match timeout(CONNECT_LIMIT, network.connect(&endpoint)).await {
             Ok(Ok(channel)) => channel,

@@ -4,6 +4,9 @@ use crate::network::HostId;
 use crate::trace;
 use crate::world::World;
 
+/// The rate of a slow clock: a lease seems to last three times as long.
+const SLOW: f64 = 0.3;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The process dies and is started again later. A silent death is the machine's: nobody is told.
@@ -18,6 +21,10 @@ pub enum Fault {
     Slow { one: HostId, other: HostId, by: u64, ticks: u64 },
     /// A controller does not reach the store.
     StoreAway { host: HostId, ticks: u64 },
+    /// The leader does not reach the store, and its clock is slow: it takes itself for the leader when another one is.
+    Depose { ticks: u64 },
+    /// All open connections of a host break.
+    ResetAll { host: HostId },
     /// The store does what it is asked, and the answer is lost.
     LoseAnswers { percent: u32, ticks: u64 },
     /// A clock goes at another rate.
@@ -35,6 +42,7 @@ impl Fault {
                 one == spared || other == spared
             }
             Fault::LoseAnswers { .. } => false,
+            Fault::Depose { .. } | Fault::ResetAll { .. } => true,
         }
     }
 
@@ -45,9 +53,10 @@ impl Fault {
             | Fault::Cut { ticks, .. }
             | Fault::Slow { ticks, .. }
             | Fault::StoreAway { ticks, .. }
+            | Fault::Depose { ticks }
             | Fault::LoseAnswers { ticks, .. }
             | Fault::Drift { ticks, .. } => ticks,
-            Fault::Reset { .. } => 0,
+            Fault::Reset { .. } | Fault::ResetAll { .. } => 0,
         }
     }
 }
@@ -106,6 +115,13 @@ fn begin(fault: Fault, world: &mut World) {
             world.network.slow(other, one, by);
         }
         Fault::StoreAway { host, .. } => world.store.reach(host, false),
+        Fault::Depose { .. } => {
+            if let Some(leader) = world.store.leader() {
+                world.store.reach(leader, false);
+                world.hosts[leader].rate = SLOW;
+            }
+        }
+        Fault::ResetAll { host } => world.network.reset_all(host),
         Fault::LoseAnswers { percent, .. } => world.store.lose_answers(percent),
         Fault::Drift { host, percent, .. } => world.hosts[host].rate = f64::from(percent) / 100.0,
     }
@@ -113,7 +129,11 @@ fn begin(fault: Fault, world: &mut World) {
 
 fn put_right(fault: Fault, world: &mut World) {
     match fault {
-        Fault::Kill { .. } | Fault::Reset { .. } => {}
+        Fault::Kill { .. } | Fault::Reset { .. } | Fault::ResetAll { .. } => {}
+        Fault::Depose { .. } => {
+            world.store.reach_all();
+            world.hosts.iter_mut().for_each(|host| host.rate = 1.0);
+        }
         Fault::Pause { host, .. } => world.hosts[host].paused = false,
         Fault::Cut { one, other, .. } => {
             world.network.heal(one, other);

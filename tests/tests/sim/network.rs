@@ -29,6 +29,12 @@ pub fn address(host: HostId) -> String {
     format!("10.0.0.{}:{PORT}", host + 1)
 }
 
+/// The host at an address.
+pub fn host_of(address: &str) -> Option<HostId> {
+    let host = address.strip_suffix(&format!(":{PORT}"))?.rsplit('.').next()?;
+    host.parse::<usize>().ok()?.checked_sub(1)
+}
+
 /// Direction of a connection: dialled by one host, accepted by another.
 type PipeId = (HostId, u64, bool);
 
@@ -161,6 +167,11 @@ impl Network {
         self.state().reset(|from, to| (from, to) == (one, other) || (from, to) == (other, one));
     }
 
+    /// Breaks all that is open to and from a host.
+    pub fn reset_all(&self, host: HostId) {
+        self.state().reset(|from, to| from == host || to == host);
+    }
+
     /// Time goes on: what is due arrives.
     pub fn tick(&self, now: u64) {
         let mut state = self.state();
@@ -230,9 +241,7 @@ struct Dialler {
 impl Dial for Dialler {
     fn dial(&self, address: String) -> Dialling {
         let (answer, answered) = oneshot::channel();
-        let to =
-            address.strip_suffix(&format!(":{PORT}")).and_then(|host| host.rsplit('.').next()?.parse::<usize>().ok());
-        if let Some(to) = to.and_then(|to| to.checked_sub(1)) {
+        if let Some(to) = host_of(&address) {
             let mut state = self.network.state();
             let number = state.dialled.entry(self.host).or_default();
             *number += 1;

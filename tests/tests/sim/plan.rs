@@ -22,6 +22,8 @@ const SETTLED: Duration = Duration::from_secs(28);
 const LAST: Duration = Duration::from_secs(31);
 /// By then everything has ended.
 pub const END: Duration = Duration::from_secs(72);
+/// A deposed leader goes on for so long: its lease ends after 5 s, its own count of it after 16 s.
+const DEPOSED: Duration = Duration::from_secs(11);
 const MS: Duration = Duration::from_millis(1);
 
 /// What may go wrong.
@@ -84,6 +86,9 @@ impl Plan {
             for _ in 0..dice.random_range(1..14) {
                 let at = dice.random_range(ticks(FORMED) / 2..ticks(CALM));
                 plan.faults.extend(plan.draw_fault(&mut dice, ticks(CALM) - at).map(|fault| (at, fault)));
+            }
+            if kind == Kind::Everything && dice.random_bool(0.25) {
+                plan.depose(&mut dice);
             }
             plan.faults.sort_by_key(|(at, _)| *at);
         }
@@ -148,6 +153,17 @@ impl Plan {
         if self.kind == Kind::Everything && dice.random_bool(0.3) {
             let worker = dice.random_range(self.of(Role::Worker));
             self.orders.push((at(dice), Order::Drain(format!("w{worker}"))));
+        }
+    }
+
+    /// A leader that does not know that another one leads, and connections that break meanwhile.
+    fn depose(&mut self, dice: &mut StdRng) {
+        let begin = dice.random_range(ticks(FORMED)..ticks(FORMED * 2));
+        let lasts = ticks(DEPOSED);
+        self.faults.push((begin, Fault::Depose { ticks: lasts }));
+        for _ in 0..dice.random_range(2..8) {
+            let (at, host) = (dice.random_range(lasts / 3..lasts), dice.random_range(self.of(Role::Controller)));
+            self.faults.push((begin + at, Fault::ResetAll { host }));
         }
     }
 

@@ -102,8 +102,20 @@ impl Shared {
         };
     }
 
+    /// Every host reaches it.
+    pub fn reach_all(&self) {
+        self.state().away.clear();
+    }
+
     pub fn lose_answers(&self, percent: u32) {
         self.state().lost_percent = percent;
+    }
+
+    /// The host that holds the leader's key.
+    pub fn leader(&self) -> Option<usize> {
+        let state = self.state();
+        let (entry, _) = state.entries.get("controller/leader")?;
+        crate::network::host_of(std::str::from_utf8(&entry.value).ok()?)
     }
 
     /// The store as one run of a host sees it.
