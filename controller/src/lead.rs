@@ -10,9 +10,9 @@ use crate::shell::{Handle, Shell};
 use crate::store::{Changes, Entry, Expected, Guard, LeaseId, Put, Revision, Store, StoreError};
 use futures::StreamExt as _;
 use std::time::Duration;
-use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use unmask_proto::watch;
 
 /// The leader's key; its value is the leader's address.
 const KEY: &str = "controller/leader";
@@ -55,6 +55,7 @@ pub(crate) async fn run<S: Store>(
                 }
             };
             let won = tokio::select! {
+                biased;
                 won = wait => won?,
                 () = stop.cancelled() => None,
             };
@@ -137,7 +138,7 @@ async fn lead<S: Store>(
     stop: &CancellationToken,
 ) -> Result<(), StoreError> {
     let over = stop.child_token();
-    let (until, holding) = watch::channel(tenure.until);
+    let (until, holding) = tokio::sync::watch::channel(tenure.until);
     let opened = timeout(LEASE, Ledger::open(store.clone(), tenure.guard.clone())).await;
     let (ledger, recovered) =
         opened.map_err(|_| StoreError::Unavailable("its state was not read in time".into()))??;
@@ -146,6 +147,7 @@ async fn lead<S: Store>(
     let shell = tokio::spawn(shell.run());
     standing.send_replace(Standing::Leading(handle));
     let lost = tokio::select! {
+        biased;
         lost = hold(store, tenure.lease, until) => Some(lost),
         () = over.cancelled() => None,
     };
@@ -161,7 +163,7 @@ async fn lead<S: Store>(
 }
 
 /// Renews the lease until it is lost; says why it was.
-async fn hold(store: &impl Store, lease: LeaseId, until: watch::Sender<Instant>) -> &'static str {
+async fn hold(store: &impl Store, lease: LeaseId, until: tokio::sync::watch::Sender<Instant>) -> &'static str {
     let mut renewals = interval(LEASE / 3);
     renewals.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -31,15 +31,16 @@ pub use store::{StoreError, StoreUrl};
 
 use crate::lead::Standing;
 use crate::service::Service;
+use crate::store::Store;
 use std::future::Future;
 use std::time::Duration;
 use thiserror::Error;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use unmask_proto::network::Incoming;
 use unmask_proto::v1::admin_service_server::AdminServiceServer;
 use unmask_proto::v1::controller_service_server::ControllerServiceServer;
+use unmask_proto::watch;
 
 /// Longest message a member or gateway may send (bytes): a descriptor of 4 KiB, and measurements of a few times 10 KiB.
 const MESSAGE_BYTES_MAX: usize = 512 * 1024;
@@ -79,8 +80,21 @@ pub async fn run(
     incoming: impl Into<Incoming>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
-    let incoming = incoming.into();
     let store = store::open(&config.store).await?;
+    run_on(store, config, incoming, shutdown).await
+}
+
+/// The same on a store that is open already; the one that the settings name is not looked at.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_on(
+    store: impl Store,
+    config: Config,
+    incoming: impl Into<Incoming>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ControllerError> {
+    let incoming = incoming.into();
     let address = match &config.advertise {
         Some(address) => address.clone(),
         None => match incoming.local_addr().map_err(ControllerError::Address)? {
@@ -108,6 +122,7 @@ pub async fn run(
     tokio::pin!(server, shutdown, leading);
     let mut led = None;
     let served = tokio::select! {
+        biased;
         served = &mut server => served,
         ended = &mut leading => {
             led = Some(ended);

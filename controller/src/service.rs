@@ -9,7 +9,7 @@ use futures::stream::{BoxStream, StreamExt as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -22,6 +22,7 @@ use unmask_proto::v1::{
     JoinResponse, Loaded, Report, SetPolicyRequest, SetPolicyResponse, WatchRoutesRequest, WatchRoutesResponse,
     WorkerState, join_request,
 };
+use unmask_proto::watch;
 
 /// Most Join streams at once: every member, and as many that come back before their old stream is noticed.
 const JOIN_STREAMS_MAX: usize = 2 * crate::core::MEMBERS_MAX;
@@ -157,6 +158,7 @@ async fn member_stream(
     over: CancellationToken,
 ) {
     let greeted = tokio::select! {
+        biased;
         greeted = read_hello(&mut inbound) => greeted,
         () = over.cancelled() => Err(stopping()),
     };
@@ -174,6 +176,7 @@ async fn member_stream(
         return;
     }
     let read = tokio::select! {
+        biased;
         read = read_reports(stream, &mut inbound, &inputs) => read,
         () = over.cancelled() => Err(stopping()),
         () = ended.cancelled() => Ok(()),

@@ -14,10 +14,12 @@
 //! - [`model`]: configuration, weights, forward pass
 //! - [`profile`]: step time by rows and context
 //! - [`group`]: one model over several ranks
+//! - [`failpoints`]: a bug for a simulation to find
 //! - [`raw`]: token-level access for comparison with other implementations
 
 pub mod block;
 pub mod draw;
+pub mod failpoints;
 pub mod group;
 pub mod model;
 pub mod pages;

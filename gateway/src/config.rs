@@ -76,6 +76,8 @@ pub struct Config {
     pub group_wait: Duration,
     /// Who may ask.
     pub tenants: Tenants,
+    /// What is drawn follows from it; `None` draws from the system's randomness.
+    pub seed: Option<u64>,
 }
 
 /// Everything wrong with a configuration.
@@ -96,6 +98,7 @@ impl Config {
             stall_limit: STALL_LIMIT,
             group_wait: GROUP_WAIT,
             tenants: Tenants::default(),
+            seed: None,
         }
     }
 }

@@ -17,6 +17,7 @@
 //! - `routes`, `route`, `watch`: which groups there are, and the choice of one; one of them; following the controller
 //! - `circuit`, `latency`, `affinity`: whether a group breaks, how soon it answers, which prompts belong to it (pure)
 //! - `budget`: how often requests are submitted again (pure)
+//! - `dice`: what is drawn
 //! - [`policy`]: policies as JSON
 //! - `openai`: the same requests over HTTP, as OpenAI's clients make them
 //! - `upstream`, `tokenizers`: connections to workers; tokenizers by digest
@@ -26,6 +27,7 @@ mod affinity;
 mod budget;
 mod circuit;
 pub mod config;
+mod dice;
 mod edit;
 mod fair;
 mod latency;
@@ -49,6 +51,7 @@ pub use admission::Limits;
 pub use config::{Config, ConfigError, RawConfig};
 
 use crate::admission::Admission;
+use crate::dice::Dice;
 use crate::service::{LONG_TEXTS_MAX, Service};
 use crate::tokenizers::Tokenizers;
 use crate::upstream::Upstream;
@@ -155,6 +158,7 @@ pub async fn run(
     let watching =
         watch::run(config.controllers, config.network, config.gateway_id, Arc::clone(&service.upstream.routes));
     tokio::select! {
+        biased;
         served = serving => served.map(|_| ()),
         () = watching => Ok(()),
         () = reporting(&service, &reporter) => Ok(()),
@@ -163,8 +167,10 @@ pub async fn run(
 }
 
 fn service(config: &Config) -> Service {
+    let dice = Arc::new(Dice::new(config.seed));
     Service {
-        upstream: Arc::new(Upstream::new(config.network.clone())),
+        upstream: Arc::new(Upstream::new(config.network.clone(), Arc::clone(&dice))),
+        dice,
         tokenizers: Tokenizers::default(),
         admission: Arc::new(Admission::new(config.admission)),
         long_texts: Semaphore::new(LONG_TEXTS_MAX),

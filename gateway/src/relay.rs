@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
+use unmask_proto::failpoints::{Bug, planted};
 use unmask_proto::rich;
 use unmask_proto::v1::run_response::Event as WorkerEvent;
 use unmask_proto::v1::{
@@ -143,6 +144,8 @@ impl Relay {
             let status = match opened {
                 Ok(stream) => {
                     route.took(asked.elapsed(), Instant::now().into_std());
+                    let (request_id, group, epoch) = (&self.job.request_id, &route.group, route.epoch);
+                    tracing::debug!(request_id, group, epoch, tokens = self.assembler.ids().len(), "runs at");
                     self.blocks_recomputed += recomputed;
                     self.attempts += 1;
                     return Ok(stream);
@@ -238,6 +241,13 @@ impl Relay {
             let elapsed = self.job.arrived.elapsed().as_millis() as u64;
             settings.time_limit_ms = settings.time_limit_ms.saturating_sub(elapsed).max(1);
         }
+        let goes_on = !self.assembler.ids().is_empty();
+        if planted(Bug::UnpinnedPolicy)
+            && goes_on
+            && let Some(now) = self.upstream.routes.table().policy(&self.job.model.name)
+        {
+            (settings.block_size, settings.policy) = (now.block_size, now.policy);
+        }
         RunRequest {
             request_id: self.job.request_id.clone(),
             model: self.job.model.name.clone(),
@@ -267,6 +277,7 @@ impl Relay {
         let (deadline, request_id) = (self.job.deadline, self.job.request_id.clone());
         (self.patience, self.begun) = (client.group_wait, true);
         let end = tokio::select! {
+            biased;
             end = self.forward(first, &client) => end,
             () = client.events.closed() => {
                 tracing::debug!(request_id, "the client has gone");
@@ -328,6 +339,10 @@ impl Relay {
                 let fresh = self.assembler.commit(commit);
                 let fresh = fresh.map_err(|gap| rich::status(Code::Internal, "COMMIT_GAP", gap.to_string()))?;
                 if let Some(commit) = fresh {
+                    let (group, epoch) = self.current.as_ref().map_or(("", 0), |route| (&route.group, route.epoch));
+                    let (request_id, first, tokens) =
+                        (&self.job.request_id, commit.first_position, commit.token_ids.len());
+                    tracing::trace!(request_id, group, epoch, first, tokens, "commit");
                     (self.attempts, self.lost) = (0, None);
                     self.first_block.get_or_insert_with(|| self.job.arrived.elapsed());
                     client.send(Event::Commit(commit)).await?;

@@ -83,7 +83,7 @@ impl Route {
 
     /// It broke, or the way to it did.
     pub(crate) fn broke(&self) {
-        self.circuit().open(Instant::now());
+        self.circuit().open(tokio::time::Instant::now().into_std());
     }
 
     /// Counts `rows` as outstanding until the lease is dropped.

@@ -1,14 +1,15 @@
 //! Which groups serve which model: the controller's table, and the choice of a group for a request.
 
 use crate::affinity::{Prefix, acceptable};
+use crate::dice::Dice;
 use crate::route::{Route, usual};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
 use tonic::{Code, Status};
 use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::{self, ModelDescriptor, ModelPolicy, WatchRoutesResponse};
+use unmask_proto::watch;
 
 /// Most routes that are taken from a table.
 const ROUTES_MAX: usize = 4096;
@@ -25,6 +26,7 @@ pub(crate) struct Table {
     policies: HashMap<String, ModelPolicy>,
     /// Models that have or had a ready group.
     known: BTreeSet<String>,
+    dice: Arc<Dice>,
 }
 
 impl Table {
@@ -41,7 +43,7 @@ impl Table {
         let earlier: Vec<_> = self.known.difference(&known).take(room).cloned().collect();
         known.extend(earlier);
         let policies = table.policies.into_iter().map(|policy| (policy.model.clone(), policy)).collect();
-        Table { routes, policies, known }
+        Table { routes, policies, known, dice: Arc::clone(&self.dice) }
     }
 
     /// Whether a model was served and is not at present; an empty name stands for the only model.
@@ -95,7 +97,7 @@ impl Table {
         }
         let usual = usual(&candidates);
         let scored = |route: &Arc<Route>| (route.score(now, usual), Arc::clone(route));
-        let draw = || candidates.get(rand::random_range(0..candidates.len().max(1))).map(|route| scored(route));
+        let draw = || candidates.get(self.dice.index(0..candidates.len())).map(|route| scored(route));
         let (first, second) = (draw()?, draw()?);
         let better = if second.0 < first.0 { second } else { first };
         let preferred = prefix.and_then(|prefix| candidates.iter().max_by_key(|route| prefix.weight(route.digest)));
@@ -149,8 +151,8 @@ pub(crate) struct Routes(watch::Sender<Arc<Table>>);
 
 impl Routes {
     /// No routes yet.
-    pub(crate) fn new() -> Self {
-        Self(watch::Sender::new(Arc::default()))
+    pub(crate) fn new(dice: Arc<Dice>) -> Self {
+        Self(watch::Sender::new(Arc::new(Table { dice, ..Table::default() })))
     }
 
     /// The last table.
@@ -172,7 +174,7 @@ impl Routes {
             if doubtful {
                 let routes = current.routes.iter().map(|route| Arc::new(route.reporting(most)));
                 let (routes, policies, known) = (routes.collect(), current.policies.clone(), current.known.clone());
-                *current = Arc::new(Table { routes, policies, known });
+                *current = Arc::new(Table { routes, policies, known, dice: Arc::clone(&current.dice) });
             }
             doubtful
         });

@@ -2,6 +2,7 @@
 //! here too, HTTP's in `openai`.
 
 use crate::admission::{Admission, Ask};
+use crate::dice::Dice;
 use crate::edit::{self, Changes};
 use crate::prompt;
 use crate::relay::{Client, EVENTS_MAX, Job, Relay, stopping};
@@ -42,6 +43,7 @@ const BEGIN_WAIT: Duration = Duration::from_secs(5);
 
 /// What the service serves.
 pub(crate) struct Service {
+    pub dice: Arc<Dice>,
     pub upstream: Arc<Upstream>,
     pub tokenizers: Tokenizers,
     pub admission: Arc<Admission>,
@@ -133,13 +135,14 @@ impl Service {
         let tenant = self.admit(&caller)?;
         let (table, route) = self.group(&request.model, caller.deadline).await?;
         let chosen = table.policy(&route.model.name);
-        let valid = validate(request, &route.model, chosen, rand::random()).map_err(|found| rich::invalid(&found))?;
+        let valid =
+            validate(request, &route.model, chosen, self.dice.number()).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let (valid, prompt) = self.encode(valid, &tokenizer, &route).await?;
         let settings = settings::fit(&valid, &route.model, prompt.len()).map_err(|found| rich::invalid(&[found]))?;
         let begun = valid.resume.is_some();
         let resumed = valid.resume.unwrap_or_else(|| Resumed {
-            request_id: uuid::Uuid::new_v4().to_string(),
+            request_id: self.dice.name(),
             received: Vec::new(),
             passes_used: 0,
         });
@@ -186,7 +189,7 @@ impl Service {
         }
         settings.max_tokens = tokens as u32;
         let job = Job {
-            request_id: uuid::Uuid::new_v4().to_string(),
+            request_id: self.dice.name(),
             model: Arc::clone(&route.model),
             prompt: Vec::new(),
             settings,
@@ -264,6 +267,7 @@ impl Service {
             };
             let comes = async {
                 tokio::select! {
+                    biased;
                     changed = tables.changed() => changed.is_ok(),
                     () = self.draining.cancelled() => false,
                 }

@@ -1,6 +1,7 @@
 //! Connections to workers, and what their errors mean.
 
 use crate::budget::RetryBudget;
+use crate::dice::Dice;
 use crate::route::Route;
 use crate::routes::Routes;
 use std::collections::HashMap;
@@ -56,6 +57,8 @@ impl Workers {
             .connect_timeout(CONNECT_LIMIT)
             .http2_keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_LIMIT)
+            // Else streams count as idle once the channel is forgotten, and a worker that then hangs is not noticed.
+            .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW);
         let channel = self.network.channel(&dialled);
@@ -139,9 +142,9 @@ pub(crate) struct Upstream {
 
 impl Upstream {
     /// With no routes yet; workers are reached over `network`.
-    pub(crate) fn new(network: Network) -> Self {
+    pub(crate) fn new(network: Network, dice: Arc<Dice>) -> Self {
         let retries = Mutex::new(RetryBudget::new(Instant::now().into_std()));
-        Self { routes: Arc::new(Routes::new()), workers: Workers::new(network), retries }
+        Self { routes: Arc::new(Routes::new(dice)), workers: Workers::new(network), retries }
     }
 
     /// Re-submissions that this gateway may make.

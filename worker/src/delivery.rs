@@ -2,8 +2,9 @@
 
 use crate::mapping;
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tonic::Status;
 use unmask_engine::Event;
 use unmask_proto::v1::{Commit, Draft, Finish, FinishReason, RunResponse, Usage, run_response};

@@ -13,6 +13,7 @@
 //! - `membership`, `join`: readiness and epoch; reports to the controller
 //! - `pool`: takes the seats that the controller assigns
 //! - `profile`: step times of the model on this device, kept on disk
+//! - `simulated`: all this over a simulated clock and network
 //! - `descriptor`: what the worker says of its model, tokenizer files
 
 pub mod config;
@@ -26,6 +27,8 @@ mod pool;
 mod profile;
 mod runner;
 mod service;
+#[cfg(feature = "simulation")]
+pub mod simulated;
 
 pub use config::{Config, ConfigError, Pool, Ranks, RawConfig, RawPool, Role};
 pub use descriptor::TokenizerFilesError;
@@ -153,6 +156,7 @@ async fn run_own(
     let mut failure = runner.watch_failure();
     let over = async {
         tokio::select! {
+            biased;
             () = &mut shutdown => {}
             _ = failure.wait_for(Option::is_some) => {}
         }
@@ -208,14 +212,25 @@ impl Host {
         over: impl Future<Output = ()>,
     ) -> Result<(), WorkerError> {
         let end_join = CancellationToken::new();
-        let joiner = Joiner {
+        let join_thread = join::start(self.joiner(hello), end_join.clone()).map_err(no_thread)?;
+        let served = self.serve(incoming, over).await;
+        end_join.cancel();
+        join_threads(vec![("join", join_thread)]).await;
+        served
+    }
+
+    fn joiner(&self, hello: Hello) -> Joiner {
+        Joiner {
             controllers: self.config.controllers.clone(),
             network: self.config.network.clone(),
             hello,
             membership: Arc::clone(&self.membership),
             serving: self.serving.subscribe(),
-        };
-        let join_thread = join::start(joiner, end_join.clone()).map_err(no_thread)?;
+        }
+    }
+
+    /// Serves until `over` or until told to drain, then drains.
+    async fn serve(&self, incoming: Incoming, over: impl Future<Output = ()>) -> Result<(), WorkerError> {
         let service = Service {
             serving: self.serving.subscribe(),
             membership: Arc::clone(&self.membership),
@@ -224,8 +239,9 @@ impl Host {
         let mut standing = self.membership.watch();
         let over = async {
             tokio::select! {
+                biased;
                 () = over => {}
-                _ = standing.wait_for(|standing| standing.readiness == Readiness::Draining) => {}
+                () = async { drop(standing.wait_for(|standing| standing.readiness == Readiness::Draining).await) } => {}
             }
         };
         let drain = Drain {
@@ -234,10 +250,7 @@ impl Host {
             membership: Arc::clone(&self.membership),
             limit: self.config.drain_limit,
         };
-        let served = serve(service, incoming, over, drain).await;
-        end_join.cancel();
-        join_threads(vec![("join", join_thread)]).await;
-        served
+        serve(service, incoming, over, drain).await
     }
 }
 
@@ -286,6 +299,7 @@ async fn serve(
         .serve_with_incoming_shutdown(incoming, close.clone().cancelled_owned());
     tokio::pin!(server, shutdown);
     let served = tokio::select! {
+        biased;
         served = &mut server => served,
         () = &mut shutdown => {
             tracing::info!("draining");
@@ -293,6 +307,7 @@ async fn serve(
             reporter.set_not_serving::<Served>().await;
             reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
             let ended = tokio::select! {
+                biased;
                 served = &mut server => Some(served),
                 () = drain.run() => None,
             };

@@ -1,7 +1,7 @@
 //! What this worker is to its controller: where it stands, in which epoch, and what it has been told to be.
 
-use tokio::sync::watch;
 use unmask_proto::v1::Seat;
+use unmask_proto::watch;
 
 /// Where a worker stands.
 #[derive(Debug, Clone, PartialEq, Eq)]

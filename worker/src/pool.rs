@@ -38,6 +38,9 @@ pub(crate) fn meeting_place(pool: &Pool, listening: SocketAddr) -> Result<(TcpLi
     }
 }
 
+/// The last order, and those to come.
+type Orders = unmask_proto::watch::Receiver<Option<Order>>;
+
 /// Takes seats.
 pub(crate) struct Pooled {
     config: Config,
@@ -73,7 +76,7 @@ impl Pooled {
     pub(crate) async fn run(mut self, end: CancellationToken) {
         let mut orders = self.membership.orders();
         // Ends what an order has under way.
-        let changed = async |orders: &mut watch::Receiver<Option<Order>>| {
+        let changed = async |orders: &mut Orders| {
             tokio::select! {
                 _ = orders.changed() => {}
                 () = end.cancelled() => {}

@@ -1,4 +1,4 @@
-//! The thread that owns the engine: takes requests between steps, steps, delivers.
+//! Owns the engine: takes requests between steps, steps, delivers. It runs as a thread; a simulation runs it as a task.
 //!
 //! Everybody else holds a [`Handle`]. A reader that drops its stream frees its rows before the next step; a reader
 //! that is slow pauses its own request only, and loses its pages to others when it stays so; a panic over one request
@@ -12,13 +12,14 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-use tokio::sync::{oneshot, watch};
+use std::time::Duration;
+use tokio::sync::mpsc::error::{TryRecvError, TrySendError};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout_at};
 use tonic::{Code, Status};
 use unmask_engine::group::CommError;
-use unmask_engine::{Engine, Event, Limits, Load, Request, RequestId};
+use unmask_engine::{Engine, Event, Limits, Load, Request, RequestId, StepReport};
 use unmask_proto::rich;
 
 /// Letters that wait for the runner; a request that finds it full is refused.
@@ -46,7 +47,7 @@ struct Submission {
 /// Everybody's side of the runner.
 #[derive(Clone)]
 pub(crate) struct Handle {
-    letters: SyncSender<Letter>,
+    letters: mpsc::Sender<Letter>,
     load: watch::Receiver<Load>,
     failure: watch::Receiver<Option<CommError>>,
     next_id: Arc<AtomicU64>,
@@ -73,7 +74,7 @@ impl Handle {
                 format!("{MAILBOX_MAX} requests wait for the engine's attention"),
                 mapping::RETRY_AFTER,
             ),
-            TrySendError::Disconnected(_) => stopped(),
+            TrySendError::Closed(_) => stopped(),
         })?;
         answer.await.map_err(|_| stopped())?
     }
@@ -104,7 +105,7 @@ impl Handle {
         *self.load.borrow()
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "simulation"))]
     pub(crate) fn watch_load(&self) -> watch::Receiver<Load> {
         self.load.clone()
     }
@@ -134,30 +135,14 @@ pub(crate) struct Patience {
 /// # Errors
 /// When the system gives no thread.
 pub(crate) fn start(engine: Engine, limits: Limits, patience: Patience) -> io::Result<(Handle, JoinHandle<()>)> {
-    let (letters, mailbox) = sync_channel(MAILBOX_MAX);
-    let (load, loads) = watch::channel(engine.load());
-    let stop = Arc::new(AtomicBool::new(false));
-    let (failed, failure) = watch::channel(None);
-    let next_id = Arc::new(AtomicU64::new(1));
-    let handle = Handle { letters, load: loads, failure, next_id, stop: Arc::clone(&stop) };
-    let runner = Runner {
-        failure: failed,
-        proven: Instant::now(),
-        limits,
-        patience,
-        origin: Instant::now(),
-        engine,
-        mailbox,
-        load,
-        deliveries: BTreeMap::new(),
-        events: Vec::new(),
-        stop,
-    };
-    let thread = std::thread::Builder::new().name("unmask-engine".into()).spawn(move || runner.run())?;
+    let (runner, handle) = Runner::new(engine, limits, patience);
+    let waiting = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    let run = move || waiting.block_on(runner.run(|_| Duration::ZERO));
+    let thread = std::thread::Builder::new().name("unmask-engine".into()).spawn(run)?;
     Ok((handle, thread))
 }
 
-struct Runner {
+pub(crate) struct Runner {
     /// Why the engine's group is over, for everybody.
     failure: watch::Sender<Option<CommError>>,
     /// When every rank last computed something.
@@ -167,7 +152,7 @@ struct Runner {
     /// Zero of the clock by which the engine compares deadlines.
     origin: Instant,
     engine: Engine,
-    mailbox: Receiver<Letter>,
+    mailbox: mpsc::Receiver<Letter>,
     load: watch::Sender<Load>,
     deliveries: BTreeMap<RequestId, Delivery>,
     /// Reused between steps.
@@ -175,18 +160,55 @@ struct Runner {
     stop: Arc<AtomicBool>,
 }
 
-/// Whether the thread goes on.
-#[derive(PartialEq, Eq)]
+/// What follows a turn.
 enum Turn {
-    Next,
+    /// The next one, at once: this step carried rows.
+    Next(StepReport),
+    /// The next one when a letter comes, or by then.
+    Wait(Option<Instant>),
     Stop,
 }
 
 impl Runner {
-    fn run(mut self) {
+    pub(crate) fn new(engine: Engine, limits: Limits, patience: Patience) -> (Self, Handle) {
+        let (letters, mailbox) = mpsc::channel(MAILBOX_MAX);
+        let (load, loads) = watch::channel(engine.load());
+        let stop = Arc::new(AtomicBool::new(false));
+        let (failed, failure) = watch::channel(None);
+        let next_id = Arc::new(AtomicU64::new(1));
+        let handle = Handle { letters, load: loads, failure, next_id, stop: Arc::clone(&stop) };
+        let now = Instant::now();
+        let runner = Self {
+            failure: failed,
+            proven: now,
+            limits,
+            patience,
+            origin: now,
+            engine,
+            mailbox,
+            load,
+            deliveries: BTreeMap::new(),
+            events: Vec::new(),
+            stop,
+        };
+        (runner, handle)
+    }
+
+    /// Turns until it is stopped. A step that carried rows takes as long as it takes, and `cost` on top.
+    pub(crate) async fn run(mut self, cost: impl Fn(StepReport) -> Duration) {
+        let mut letter = None;
         loop {
-            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
-                Ok(Turn::Next) => {}
+            match catch_unwind(AssertUnwindSafe(|| self.turn(letter.take()))) {
+                Ok(Turn::Next(report)) => {
+                    let cost = cost(report);
+                    if !cost.is_zero() {
+                        sleep(cost).await;
+                    }
+                }
+                Ok(Turn::Wait(until)) => match self.wait(until).await {
+                    Some(come) => letter = come,
+                    None => break,
+                },
                 Ok(Turn::Stop) => break,
                 // The ranks of a group would wait for the rest of the step.
                 Err(_) if self.engine.ranks() > 1 => {
@@ -202,7 +224,10 @@ impl Runner {
     }
 
     /// Letters, readers, one step.
-    fn turn(&mut self) -> Turn {
+    fn turn(&mut self, first: Option<Letter>) -> Turn {
+        if let Some(letter) = first {
+            self.open(letter);
+        }
         for _ in 0..LETTERS_PER_STEP_MAX {
             match self.mailbox.try_recv() {
                 Ok(letter) => self.open(letter),
@@ -214,8 +239,8 @@ impl Runner {
             return Turn::Stop;
         }
         self.look_at_readers(Instant::now());
-        let carried = self.engine.has_work() && self.step();
-        if carried {
+        let carried = if self.engine.has_work() { self.step() } else { None };
+        if carried.is_some() {
             self.proven = Instant::now();
         } else if self.until_canary().is_some_and(|left| left.is_zero()) {
             self.engine.probe(1);
@@ -226,7 +251,7 @@ impl Runner {
             return Turn::Stop;
         }
         self.load.send_replace(self.engine.load());
-        if carried { Turn::Next } else { self.wait() }
+        carried.map_or_else(|| Turn::Wait(self.next_clock()), Turn::Next)
     }
 
     /// Time until an idle group has to prove that every rank computes.
@@ -314,8 +339,8 @@ impl Runner {
         }
     }
 
-    /// One step and its events; false when no request could take rows.
-    fn step(&mut self) -> bool {
+    /// One step and its events; `None` when no request could take rows.
+    fn step(&mut self) -> Option<StepReport> {
         let report = self.engine.step(&mut self.events);
         let now = Instant::now();
         let mut events = std::mem::take(&mut self.events);
@@ -336,7 +361,7 @@ impl Runner {
             }
         }
         self.events = events;
-        carried
+        carried.then_some(report)
     }
 
     fn end(&mut self, id: RequestId, result: Result<(), Status>) {
@@ -345,28 +370,28 @@ impl Runner {
         }
     }
 
-    /// Sleeps until a letter comes or the clock has something to say.
-    fn wait(&mut self) -> Turn {
+    /// When the clock next has something to say.
+    fn next_clock(&self) -> Option<Instant> {
         let now = Instant::now();
         let clocks = self.deliveries.values().flat_map(|delivery| {
             let limit = if delivery.finished() { None } else { delivery.terms.time_limit };
             [delivery.terms.deadline, limit]
         });
-        let until_clock = clocks.flatten().min().map(|at| at.saturating_duration_since(now));
-        let poll = self.deliveries.values().any(|d| d.flow() != Flow::Open).then_some(PAUSED_POLL);
-        let letter = match [until_clock, poll, self.until_canary()].into_iter().flatten().min() {
-            Some(timeout) => match self.mailbox.recv_timeout(timeout) {
+        let poll = self.deliveries.values().any(|d| d.flow() != Flow::Open).then_some(now + PAUSED_POLL);
+        let canary = self.until_canary().map(|left| now + left);
+        clocks.chain([poll, canary]).flatten().min()
+    }
+
+    /// Sleeps until a letter comes or the clock says so; `None` when nobody can write any more.
+    async fn wait(&mut self, until: Option<Instant>) -> Option<Option<Letter>> {
+        let letter = match until {
+            Some(until) => match timeout_at(until, self.mailbox.recv()).await {
                 Ok(letter) => letter,
-                Err(RecvTimeoutError::Timeout) => return Turn::Next,
-                Err(RecvTimeoutError::Disconnected) => return Turn::Stop,
+                Err(_) => return Some(None),
             },
-            None => match self.mailbox.recv() {
-                Ok(letter) => letter,
-                Err(_) => return Turn::Stop,
-            },
+            None => self.mailbox.recv().await,
         };
-        self.open(letter);
-        Turn::Next
+        letter.map(Some)
     }
 
     /// After a panic nothing the engine holds can be trusted: its requests end, a new engine begins.

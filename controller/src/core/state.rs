@@ -8,6 +8,7 @@ use crate::policy::{Profile, Quality};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
+use unmask_proto::failpoints::{Bug, planted};
 use unmask_proto::v1::{Capacity, ModelDescriptor, Route};
 
 /// What was measured of a model on a worker.
@@ -322,7 +323,7 @@ impl State {
         for worker_id in silent {
             self.remove(&worker_id, Ending::Silent, actions);
         }
-        if now >= ttl {
+        if now >= self.grace() {
             let here: BTreeSet<_> = self.members.keys().cloned().collect();
             for worker_id in std::mem::take(&mut self.missing).into_keys() {
                 if !here.contains(&worker_id) {
@@ -341,11 +342,16 @@ impl State {
         actions.push(Action::Persist(Fact::NoGroup { worker_id: worker_id.to_owned() }));
     }
 
+    /// How long after a start nobody is declared dead.
+    fn grace(&self) -> Duration {
+        if planted(Bug::NoGrace) { Duration::ZERO } else { self.ttl }
+    }
+
     /// Publishes the table when it changed; loads alone count only with `loads`.
     pub(super) fn publish(&mut self, now: Duration, loads: bool, actions: &mut Vec<Action>) {
         // Grace: until the groups of the last run are back or a time-to-live has passed, a table would declare
         // them dead. Gateways keep what they know.
-        if (!self.missing.is_empty() || !self.pool.returning.is_empty()) && now < self.ttl {
+        if (!self.missing.is_empty() || !self.pool.returning.is_empty()) && now < self.grace() {
             return;
         }
         let routes = self.routes();

@@ -8,6 +8,7 @@ mod life;
 mod rows;
 mod schedule;
 
+use crate::failpoints;
 use crate::group::wire::Pass;
 use crate::group::{Pace, Rank, StepLimit};
 use crate::model::Model;
@@ -230,6 +231,9 @@ impl Engine {
     pub fn cancel(&mut self, id: RequestId) {
         self.queue.retain(|life| life.request.id != id);
         if let Some(index) = self.active.iter().position(|a| a.request.id == id) {
+            if failpoints::pages_freed_twice() {
+                self.active[index].pages.last().into_iter().for_each(|&page| self.pages.give_again(page));
+            }
             self.release(index);
         }
     }

@@ -30,7 +30,7 @@ fn table(routes: Vec<v1::Route>) -> WatchRoutesResponse {
 
 #[test]
 fn models_are_found_listed_remembered_and_refused() {
-    let routes = Routes::new();
+    let routes = Routes::new(Arc::default());
     assert_eq!(routes.table().model("a").unwrap_err().code(), Code::Unavailable);
     routes.replace(table(vec![route("a", "1", 0)]));
     assert_eq!(routes.table().model("").unwrap().model.name, "a");
@@ -47,7 +47,7 @@ fn models_are_found_listed_remembered_and_refused() {
 
 #[test]
 fn the_less_loaded_of_two_is_taken_and_own_work_counts_until_it_ends() {
-    let (routes, now) = (Routes::new(), Instant::now());
+    let (routes, now) = (Routes::new(Arc::default()), Instant::now());
     routes.replace(table(vec![route("a", "1", 5), route("a", "2", 0)]));
     let lease = drawn(&routes, "2").lease(100);
     // The counts carry over to later tables.
@@ -61,7 +61,7 @@ fn the_less_loaded_of_two_is_taken_and_own_work_counts_until_it_ends() {
 
 #[test]
 fn a_group_that_answers_slowly_gets_less_until_that_is_long_ago() {
-    let (routes, now) = (Routes::new(), Instant::now());
+    let (routes, now) = (Routes::new(Arc::default()), Instant::now());
     routes.replace(table(vec![route("a", "slow", 10), route("a", "quick", 30), route("a", "new", 31)]));
     assert!(count(&routes, now, "slow") > 170, "none is measured: rows decide");
     drawn(&routes, "slow").took(Duration::from_millis(100), now);
@@ -77,7 +77,7 @@ fn a_group_that_answers_slowly_gets_less_until_that_is_long_ago() {
 
 #[test]
 fn prompts_that_begin_alike_go_together_until_their_group_has_much_more_to_do() {
-    let (routes, now) = (Routes::new(), Instant::now());
+    let (routes, now) = (Routes::new(Arc::default()), Instant::now());
     routes.replace(table((0..5).map(|i| route("a", &i.to_string(), 0)).collect()));
     let prefix = Prefix::of(0, &[7; 40]);
     let chosen = |routes: &Routes| routes.table().choose(now, prefix, |_| true).unwrap();
@@ -98,7 +98,7 @@ fn prompts_that_begin_alike_go_together_until_their_group_has_much_more_to_do() 
 
 #[test]
 fn an_old_report_makes_nobody_look_idle() {
-    let (routes, now) = (Routes::new(), Instant::now());
+    let (routes, now) = (Routes::new(Arc::default()), Instant::now());
     routes.replace(table(vec![route("a", "1", 500), route("a", "2", 0)]));
     assert!(count(&routes, now, "2") > 240);
     routes.doubt_loads();
@@ -111,7 +111,7 @@ fn an_old_report_makes_nobody_look_idle() {
 
 #[test]
 fn a_group_that_broke_is_passed_over_until_its_next_epoch_or_when_there_is_no_other() {
-    let (routes, now) = (Routes::new(), Instant::now());
+    let (routes, now) = (Routes::new(Arc::default()), Instant::now());
     routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
     drawn(&routes, "1").broke();
     assert_eq!(count(&routes, now, "1"), 0);
@@ -126,7 +126,7 @@ fn a_group_that_broke_is_passed_over_until_its_next_epoch_or_when_there_is_no_ot
 
 #[test]
 fn only_a_request_probes_a_group_that_broke() {
-    let routes = Routes::new();
+    let routes = Routes::new(Arc::default());
     routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));
     let table = routes.table();
     drawn(&routes, "1").broke();
