@@ -54,6 +54,8 @@ impl Workers {
             .connect_timeout(CONNECT_LIMIT)
             .http2_keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_LIMIT)
+            // Else streams count as idle once the channel is forgotten, and a worker that then hangs is not noticed.
+            .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW);
         let channel = self.network.channel(&dialled);

@@ -39,7 +39,7 @@ pub struct Wish {
     pub deadline: Duration,
     /// The client goes after so many tokens.
     pub leave_after: Option<usize>,
-    /// Made while nothing is wrong: it must succeed at once.
+    /// Made while nothing is wrong, or with somewhere to go: its first stream must reach its end.
     pub sure: bool,
     /// It cannot be served.
     pub bad: bool,
@@ -153,6 +153,9 @@ impl Clients {
                 "none"
             }
         };
+        if asking.wish.sure && how != "finished" {
+            trace::violation(format!("{} had to succeed, and did not: {how}", asking.name));
+        }
         let tokens = asking.tokens.len().to_string();
         trace::add("client is done", vec![("request", name), ("how", how.into()), ("tokens", tokens)]);
     }
@@ -175,7 +178,6 @@ impl Asking {
             let fields = vec![("request", self.name.clone()), ("status", status.message().to_owned())];
             trace::add("client tries again", fields);
             if self.wish.sure {
-                trace::violation(format!("{} was made while nothing was wrong and failed: {status}", self.name));
                 return "failed";
             }
             if self.left().is_zero() {

@@ -1,9 +1,12 @@
 //! Histories that once went wrong.
 
+use crate::client::Wish;
 use crate::faults::Fault;
 use crate::host::ticks;
 use crate::plan::{Kind, Plan};
+use crate::world::Role;
 use crate::{follow, report};
+use rand::{SeedableRng as _, rngs::StdRng};
 use std::time::Duration;
 
 /// A plan of a seed whose kind and number of controllers fit, with faults of the test's own.
@@ -25,4 +28,33 @@ fn workers_find_the_new_leader_within_its_grace() {
         let outcome = follow(plan);
         assert!(outcome.violations.is_empty(), "{}", report(40 * seed, &outcome, 60));
     }
+}
+
+/// A gateway forgot the connection to a worker that had left the routes, and with it the pings: a stream that was still on it
+/// hung with the worker until the deadline.
+#[test]
+fn a_stream_on_a_forgotten_connection_is_not_left_with_a_worker_that_hangs() {
+    let second = |seconds| ticks(Duration::from_secs(seconds));
+    let mut plan = plan(Kind::Everything, 0, Vec::new());
+    plan.counts = [1, 2, 1];
+    plan.orders.clear();
+    (plan.step_base, plan.step_row, plan.pages) = (Duration::from_millis(250), Duration::ZERO, 24);
+    let (first, other) = (plan.of(Role::Worker).start, plan.of(Role::Worker).start + 1);
+    // The gateway knows one worker only, which the controller loses sight of; then it dials another one.
+    plan.faults = vec![
+        (1, Fault::Kill { host: other, silent: false, ticks: second(6) }),
+        (second(5), Fault::Cut { one: 0, other: first, both: true, ticks: second(60) }),
+        (second(13), Fault::Pause { host: first, ticks: second(60) }),
+    ];
+    let wish = |number, at| {
+        let mut drawn = Wish::draw(number, Duration::from_secs(at), &mut StdRng::seed_from_u64(1));
+        drawn.decoding.max_tokens = Some(99);
+        (drawn.leave_after, drawn.deadline, drawn.sure) = (None, Duration::from_secs(45), true);
+        drawn
+    };
+    plan.wishes = vec![wish(0, 4), wish(1, 12)];
+    let outcome = follow(plan);
+    assert!(outcome.violations.is_empty(), "{}", report(0, &outcome, 200));
+    let elsewhere = outcome.lines.iter().filter(|line| line.what == "going on elsewhere").count();
+    assert!(elsewhere > 0, "the stream stayed");
 }
