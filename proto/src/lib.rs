@@ -5,12 +5,13 @@
 //!
 //! Modules in reading order: [`v1`] (generated), [`DESCRIPTORS`] (for reflection), [`rich`] (errors as
 //! section "Errors" of the public interface wants them), [`controllers`] (which replica of a controller to
-//! ask), [`timeout`] (how long a call may take), [`network`] (how services reach each other).
+//! ask), [`timeout`] (how long a call may take), [`network`] (how services reach each other), [`tls`] (certificates).
 
 pub mod controllers;
 pub mod network;
 pub mod rich;
 pub mod timeout;
+pub mod tls;
 
 /// Package `unmask.v1`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]
