@@ -80,7 +80,7 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
     let incoming = incoming.into();
-    let store = store::open(&config.store).await?;
+    let store = store::open(&config.store, config.store_tls.as_ref()).await?;
     let address = match &config.advertise {
         Some(address) => address.clone(),
         None => match incoming.local_addr().map_err(ControllerError::Address)? {
