@@ -4,6 +4,7 @@
 
 mod pool;
 mod processes;
+mod tls;
 
 use processes::{Cluster, LIMIT, Process};
 use std::sync::Arc;

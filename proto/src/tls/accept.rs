@@ -20,8 +20,8 @@ const READY_MAX: usize = 16;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// First byte of a client that speaks TLS: a record of its handshake.
 const HANDSHAKE_RECORD: u8 = 22;
-/// What is read, and thrown away, of a client that speaks no TLS, so that it gets to read the answer (bytes).
-const PLAIN_BYTES_MAX: u64 = 64 << 10;
+/// What is read, and thrown away, of a client that is refused, so that it gets to read why (bytes).
+const UNREAD_BYTES_MAX: u64 = 64 << 10;
 /// An empty SETTINGS, and a GOAWAY of the last stream 0 with HTTP_1_1_REQUIRED and 31 bytes of debug data (RFC 9113, 6.5, 6.8).
 const PLAIN_HTTP_2: &[u8] =
     b"\0\0\0\x04\0\0\0\0\0\0\0\x27\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0dthis port speaks TLS: use https";
@@ -61,7 +61,11 @@ pub(crate) fn accept(listener: TcpListener, tls: Tls, protocol: Protocol) -> mps
                 let late = || io::Error::new(io::ErrorKind::TimedOut, "no handshake in time");
                 match shaken.unwrap_or_else(|_| Err(late())) {
                     Ok(connection) => drop(ready.send(Ok(connection)).await),
-                    Err(error) => tracing::warn!(%peer, %error, "TLS"),
+                    // Someone who only looks whether a port is open.
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                        tracing::debug!(%peer, %error, "a connection under TLS did not come about");
+                    }
+                    Err(error) => tracing::warn!(%peer, %error, "a connection under TLS did not come about"),
                 }
             });
             admit(&mut under_way, handshake.abort_handle());
@@ -89,21 +93,32 @@ async fn shake(mut stream: TcpStream, tls: &Tls, protocol: Protocol) -> io::Resu
     let _ = stream.set_nodelay(true);
     let mut first = [0];
     if stream.peek(&mut first).await? == 1 && first[0] != HANDSHAKE_RECORD {
-        refuse(&mut stream, protocol).await?;
+        stream.write_all(refusal(protocol)).await?;
+        close(stream).await?;
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the client speaks no TLS"));
     }
     let config = tls.server(protocol).ok_or_else(|| io::Error::other("this process has no certificate"))?;
-    Ok(Connection::new(TlsAcceptor::from(config).accept(stream).await?))
+    match TlsAcceptor::from(config).accept(stream).into_fallible().await {
+        Ok(stream) => Ok(Connection::new(stream)),
+        Err((error, stream)) => {
+            // What matters is why the handshake failed.
+            let _ = close(stream).await;
+            Err(error)
+        }
+    }
 }
 
-/// Tells a client in its own protocol that TLS is spoken here.
-async fn refuse(stream: &mut TcpStream, protocol: Protocol) -> io::Result<()> {
-    let answer = match protocol {
+/// What tells a client in its own protocol that TLS is spoken here.
+fn refusal(protocol: Protocol) -> &'static [u8] {
+    match protocol {
         Protocol::Grpc => PLAIN_HTTP_2,
         Protocol::Http => PLAIN_HTTP_1,
-    };
-    stream.write_all(answer).await?;
+    }
+}
+
+/// Closes once the client has closed too: bytes of it that nobody read would make the system take back what it was told.
+async fn close(mut stream: TcpStream) -> io::Result<()> {
     stream.shutdown().await?;
-    tokio::io::copy(&mut stream.take(PLAIN_BYTES_MAX), &mut tokio::io::sink()).await?;
+    tokio::io::copy(&mut stream.take(UNREAD_BYTES_MAX), &mut tokio::io::sink()).await?;
     Ok(())
 }

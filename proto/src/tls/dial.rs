@@ -2,11 +2,18 @@
 
 use super::{HANDSHAKE_LIMIT, Tls};
 use crate::network::{Connection, Dial, Dialling, tcp};
-use rustls::InvalidMessage;
 use rustls::pki_types::ServerName;
+use rustls::{AlertDescription, InvalidMessage};
 use std::io;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+/// Longest wait for the first bytes of a server.
+const FIRST_BYTES_LIMIT: Duration = Duration::from_millis(200);
 
 /// TCP, then TLS with whoever the address names.
 pub(crate) struct TlsDial(pub Tls);
@@ -17,15 +24,27 @@ impl Dial for TlsDial {
         Box::pin(async move {
             let name = server_name(&address)?;
             let handshake = TlsConnector::from(config).connect(name, tcp(&address).await?);
-            match timeout(HANDSHAKE_LIMIT, handshake).await {
-                Ok(Ok(stream)) => Ok(Connection::new(stream)),
-                Ok(Err(error)) => Err(io::Error::new(error.kind(), format!("TLS with {address}: {}", explain(&error)))),
-                Err(_) => {
-                    Err(io::Error::new(io::ErrorKind::TimedOut, format!("TLS with {address}: no answer in time")))
-                }
-            }
+            let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
+            let opened = match timeout(HANDSHAKE_LIMIT, handshake).await.map_err(late).flatten() {
+                Ok(stream) => listen(stream).await,
+                Err(error) => Err(error),
+            };
+            let named =
+                |error: io::Error| io::Error::new(error.kind(), format!("TLS with {address}: {}", explain(&error)));
+            opened.map(Connection::new).map_err(named)
         })
     }
+}
+
+/// Waits for what the server says first. In TLS 1.3 it judges our certificate after our part of the handshake, and a refusal
+/// that comes once the connection is in use reaches nobody: its requests only learn that it closed. A server of HTTP/2 has
+/// something to say as soon as it is content; one that waits for us costs [`FIRST_BYTES_LIMIT`].
+async fn listen(stream: TlsStream<TcpStream>) -> io::Result<BufReader<TlsStream<TcpStream>>> {
+    let mut stream = BufReader::new(stream);
+    if let Ok(Err(error)) = timeout(FIRST_BYTES_LIMIT, stream.fill_buf()).await {
+        return Err(error);
+    }
+    Ok(stream)
 }
 
 /// The host of host:port, which may be an IP address, with brackets around one of version 6.
@@ -41,6 +60,9 @@ fn explain(error: &io::Error) -> String {
     match cause {
         Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {
             "the other side speaks no TLS".into()
+        }
+        Some(rustls::Error::AlertReceived(AlertDescription::CertificateRequired)) => {
+            "the other side wants a certificate (CertificateRequired)".into()
         }
         _ => error.to_string(),
     }
