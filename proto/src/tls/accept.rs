@@ -22,10 +22,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const HANDSHAKE_RECORD: u8 = 22;
 /// What is read, and thrown away, of a client that is refused, so that it gets to read why (bytes).
 const UNREAD_BYTES_MAX: u64 = 64 << 10;
-/// An empty SETTINGS, and a GOAWAY of the last stream 0 with HTTP_1_1_REQUIRED and 31 bytes of debug data (RFC 9113, 6.5, 6.8).
-const PLAIN_HTTP_2: &[u8] =
-    b"\0\0\0\x04\0\0\0\0\0\0\0\x27\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0dthis port speaks TLS: use https";
-const PLAIN_HTTP_1: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 35\r\n\
+/// What a client of HTTP/2 begins with (RFC 9113, 3.4); its first three bytes tell it from one of HTTP/1.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Type of the frame that begins a request (6.2).
+const HEADERS: u8 = 1;
+/// Bytes of a frame before what it carries: length (3), type, flags, stream (4) (4.1).
+const FRAME_HEADER_BYTES: usize = 9;
+/// An empty SETTINGS (6.5).
+const SETTINGS: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
+/// A GOAWAY of the last stream 0 with HTTP_1_1_REQUIRED and 31 bytes of debug data (6.8).
+const GO_AWAY: &[u8] = b"\0\0\x27\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0dthis port speaks TLS: use https";
+const BAD_REQUEST: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 35\r\n\
     Connection: close\r\n\r\nthis port speaks TLS: use https://\n";
 
 /// What is spoken over TLS.
@@ -93,7 +100,7 @@ async fn shake(mut stream: TcpStream, tls: &Tls, protocol: Protocol) -> io::Resu
     let _ = stream.set_nodelay(true);
     let mut first = [0];
     if stream.peek(&mut first).await? == 1 && first[0] != HANDSHAKE_RECORD {
-        stream.write_all(refusal(protocol)).await?;
+        refuse(&mut stream).await?;
         close(stream).await?;
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the client speaks no TLS"));
     }
@@ -108,12 +115,24 @@ async fn shake(mut stream: TcpStream, tls: &Tls, protocol: Protocol) -> io::Resu
     }
 }
 
-/// What tells a client in its own protocol that TLS is spoken here.
-fn refusal(protocol: Protocol) -> &'static [u8] {
-    match protocol {
-        Protocol::Grpc => PLAIN_HTTP_2,
-        Protocol::Http => PLAIN_HTTP_1,
+/// Tells a client in its own protocol that TLS is spoken here. One of HTTP/2 is told once it has asked for something: before, it
+/// would learn only that the connection closed.
+async fn refuse(stream: &mut TcpStream) -> io::Result<()> {
+    let mut preface = [0; PREFACE.len()];
+    let (begin, rest) = preface.split_at_mut(3);
+    stream.read_exact(begin).await?;
+    if begin != &PREFACE[..3] {
+        return stream.write_all(BAD_REQUEST).await;
     }
+    stream.read_exact(rest).await?;
+    stream.write_all(SETTINGS).await?;
+    let mut header = [0; FRAME_HEADER_BYTES];
+    while header[3] != HEADERS {
+        stream.read_exact(&mut header).await?;
+        let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+        tokio::io::copy(&mut (&mut *stream).take(length.into()), &mut tokio::io::sink()).await?;
+    }
+    stream.write_all(GO_AWAY).await
 }
 
 /// Closes once the client has closed too: bytes of it that nobody read would make the system take back what it was told.
