@@ -11,7 +11,6 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::policy_intent::{Automatic, Kind};
 use unmask_proto::v1::{
     ApplyRequest, DesiredModel, GetStatusRequest, GroupState, GroupStatus, ModelStatus, PolicyIntent,
@@ -166,7 +165,7 @@ fn read(path: &Path) -> anyhow::Result<DesiredModel> {
 pub fn run(args: &ApplyArgs) -> anyhow::Result<ExitCode> {
     let models: Vec<DesiredModel> = args.files.iter().map(|path| read(path)).collect::<anyhow::Result<_>>()?;
     for model in &models {
-        let answer = block_on(ask(args.at.controller.clone(), |mut client| {
+        let answer = block_on(ask(&args.at, |mut client| {
             let request = ApplyRequest { model: Some(model.clone()) };
             async move { client.apply(request).await.map(tonic::Response::into_inner) }
         }))?;
@@ -175,15 +174,15 @@ pub fn run(args: &ApplyArgs) -> anyhow::Result<ExitCode> {
     let ours = |status: &ModelStatus| {
         status.desired.as_ref().is_some_and(|desired| models.iter().any(|model| model.name == desired.name))
     };
-    let look = || Ok::<_, anyhow::Error>(get(&args.at.controller)?.into_iter().filter(ours).collect::<Vec<_>>());
+    let look = || Ok::<_, anyhow::Error>(get(&args.at)?.into_iter().filter(ours).collect::<Vec<_>>());
     let status = if args.wait { wait(look, Duration::from_secs(args.limit_s))? } else { look()? };
     let json = || Value::from(status.iter().map(model_json).collect::<Vec<_>>());
     output::out(&if args.json { format!("{:#}\n", json()) } else { table(&status) })?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn get(controllers: &Controllers) -> anyhow::Result<Vec<ModelStatus>> {
-    let status = block_on(ask(controllers.clone(), |mut client| async move {
+fn get(at: &ControllerAddress) -> anyhow::Result<Vec<ModelStatus>> {
+    let status = block_on(ask(at, |mut client| async move {
         client.get_status(GetStatusRequest {}).await.map(tonic::Response::into_inner)
     }))?;
     Ok(status.models)

@@ -5,6 +5,8 @@ use crate::models::OverrideArgs;
 use crate::policy::PolicyArgs;
 use crate::profile::ProfileArgs;
 use crate::request::PolicyArg;
+use crate::service::{ControllerArgs, GatewayArgs, WorkerArgs};
+use crate::tls::ClientTlsArgs;
 use crate::verify::VerifyArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -173,6 +175,9 @@ pub struct GenerateArgs {
     /// Ask a gateway instead of starting one in this process; with several, the next goes on when one is lost
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     pub endpoint: Vec<String>,
+    /// Of the gateway's link
+    #[command(flatten)]
+    pub tls: ClientTlsArgs,
     /// The model, and how it runs in this process
     #[command(flatten)]
     pub model: ModelArgs,
@@ -239,78 +244,13 @@ pub struct UpArgs {
     /// Folder of the controller's state; default: unmask under the user's state folder
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
+    /// Listen on a --host that other machines reach. Links are plain, so everybody on the network must be trusted: they
+    /// can read everything, and pass for any service
+    #[arg(long)]
+    pub insecure: bool,
     /// Print the endpoints as a JSON object
     #[arg(long)]
     pub json: bool,
-}
-
-/// `unmask gateway`
-#[derive(Debug, Args)]
-pub struct GatewayArgs {
-    /// Settings as TOML
-    #[arg(long)]
-    pub config: Option<PathBuf>,
-    /// host:port to listen on
-    #[arg(long, default_value = "127.0.0.1:7700")]
-    pub listen: String,
-    /// host:port of the OpenAI-compatible HTTP interface; none where neither this nor the file says
-    #[arg(long, value_name = "HOST:PORT")]
-    pub http: Option<String>,
-    /// host:port of the controller, or of its replicas with commas between
-    #[arg(long)]
-    pub controller: Option<String>,
-}
-
-/// `unmask controller`
-#[derive(Debug, Args)]
-pub struct ControllerArgs {
-    /// Settings as TOML
-    #[arg(long)]
-    pub config: Option<PathBuf>,
-    /// host:port to listen on
-    #[arg(long, default_value = "127.0.0.1:7701")]
-    pub listen: String,
-    /// embedded:FOLDER, or etcd://HOST:PORT,.. for several replicas (in builds with the cargo feature etcd)
-    #[arg(long)]
-    pub store: Option<String>,
-    /// host:port at which the others reach this replica; the address it listens on where absent
-    #[arg(long)]
-    pub advertise: Option<String>,
-}
-
-/// `unmask worker`
-#[derive(Debug, Args)]
-pub struct WorkerArgs {
-    /// Settings as TOML
-    #[arg(long)]
-    pub config: Option<PathBuf>,
-    /// host:port to listen on
-    #[arg(long, default_value = "127.0.0.1:7702")]
-    pub listen: String,
-    /// host:port of the controller, or of its replicas with commas between
-    #[arg(long)]
-    pub controller: Option<String>,
-    /// Folder or name of the model
-    #[arg(long)]
-    pub model: Option<String>,
-    /// Type of the weights
-    #[arg(long, value_enum, default_value = "bf16")]
-    pub dtype: Dtype,
-    /// Threads of the forward pass; all cores where neither this nor the file says
-    #[arg(long)]
-    pub threads: Option<usize>,
-    /// Ranks that share the model, as threads of this worker: 1, 2, 4 or 8
-    #[arg(long, value_name = "RANKS")]
-    pub tensor_parallel: Option<usize>,
-    /// host:port of every rank, where ranks are processes: this worker's first, the others run `unmask rank`
-    #[arg(long, value_delimiter = ',', value_name = "ADDRESSES")]
-    pub rank_addresses: Option<Vec<String>>,
-    /// Bring no model: serve what `unmask apply` wants
-    #[command(flatten)]
-    pub pool: crate::service::PoolArgs,
-    /// What the checkpoint does not say
-    #[command(flatten)]
-    pub overrides: OverrideArgs,
 }
 
 /// `unmask inspect`

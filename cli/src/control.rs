@@ -1,6 +1,7 @@
 //! `unmask status`, `drain`, `policy get`, `policy set`: looking at a cluster and steering it, through its controller.
 
 use crate::local::connect;
+use crate::tls::ClientTlsArgs;
 use crate::{apply, output};
 use anyhow::Context;
 use clap::{ArgGroup, Args};
@@ -31,6 +32,9 @@ pub struct ControllerAddress {
     /// host:port of the controller, or of its replicas with commas between
     #[arg(long, default_value = "127.0.0.1:7701", value_parser = Controllers::parse)]
     pub controller: Controllers,
+    /// Of its link: plain where none is given
+    #[command(flatten)]
+    pub tls: ClientTlsArgs,
 }
 
 /// `unmask status`
@@ -91,18 +95,19 @@ type Client = AdminServiceClient<Channel>;
 
 /// Asks the replica that leads.
 pub(crate) async fn ask<T, F: Future<Output = Result<T, Status>>>(
-    mut controllers: Controllers,
+    at: &ControllerAddress,
     mut call: impl FnMut(Client) -> F,
 ) -> anyhow::Result<T> {
-    let mut last = Status::unavailable("not asked");
+    let (mut controllers, mut last) = (at.controller.clone(), Status::unavailable("not asked"));
     for _ in 0..ASKED_MAX {
-        let client = AdminServiceClient::new(connect(controllers.current())?);
+        let client = AdminServiceClient::new(connect(controllers.current(), &at.tls)?);
         let late = Status::deadline_exceeded(format!("no answer within {} s", ANSWER_LIMIT.as_secs()));
         match tokio::time::timeout(ANSWER_LIMIT, call(client)).await.unwrap_or(Err(late)) {
             Ok(answer) => return Ok(answer),
             Err(status) if matches!(status.code(), Code::NotFound | Code::InvalidArgument) => return Err(status.into()),
             Err(status) => {
-                last = Status::new(status.code(), format!("{}: {}", controllers.current(), status.message()));
+                last =
+                    Status::new(status.code(), format!("{}: {}", controllers.current(), output::with_causes(&status)));
                 controllers.failed(&status);
             }
         }
@@ -114,8 +119,8 @@ pub(crate) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyh
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
-fn get(controllers: &Controllers) -> anyhow::Result<GetStatusResponse> {
-    block_on(ask(controllers.clone(), |mut client| async move {
+fn get(at: &ControllerAddress) -> anyhow::Result<GetStatusResponse> {
+    block_on(ask(at, |mut client| async move {
         client.get_status(GetStatusRequest {}).await.map(tonic::Response::into_inner)
     }))
 }
@@ -125,7 +130,7 @@ fn get(controllers: &Controllers) -> anyhow::Result<GetStatusResponse> {
 /// # Errors
 /// No controller answers.
 pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
-    let status = get(&args.at.controller)?;
+    let status = get(&args.at)?;
     output::out(&if args.json { format!("{:#}\n", to_json(&status)) } else { table(&status) })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -136,7 +141,7 @@ pub fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
 /// No controller answers, or none knows the worker.
 pub fn drain(args: &DrainArgs) -> anyhow::Result<ExitCode> {
     let request = DrainRequest { worker_id: args.worker.clone() };
-    block_on(ask(args.at.controller.clone(), |mut client| {
+    block_on(ask(&args.at, |mut client| {
         let request = request.clone();
         async move { client.drain(request).await }
     }))?;
@@ -149,7 +154,7 @@ pub fn drain(args: &DrainArgs) -> anyhow::Result<ExitCode> {
 /// # Errors
 /// No controller answers.
 pub fn policies(args: &StatusArgs) -> anyhow::Result<ExitCode> {
-    let status = get(&args.at.controller)?;
+    let status = get(&args.at)?;
     let json = || Value::from(status.policies.iter().map(policy_json).collect::<Vec<_>>());
     output::out(&if args.json { format!("{:#}\n", json()) } else { policies_table(&status) })?;
     Ok(ExitCode::SUCCESS)
@@ -171,7 +176,7 @@ pub fn set(args: &SetArgs) -> anyhow::Result<ExitCode> {
     };
     let intent = Some(PolicyIntent { kind: Some(kind) });
     let request = SetPolicyRequest { model: args.model.clone(), intent };
-    let answer = block_on(ask(args.at.controller.clone(), |mut client| {
+    let answer = block_on(ask(&args.at, |mut client| {
         let request = request.clone();
         async move { client.set_policy(request).await.map(tonic::Response::into_inner) }
     }))?;

@@ -4,6 +4,7 @@ use crate::INTERRUPTED;
 use crate::args::ModelArgs;
 use crate::local::{Gateway, gateway, with_gateway};
 use crate::output;
+use crate::tls::ClientTlsArgs;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
@@ -28,6 +29,9 @@ pub struct EditArgs {
     /// Ask a gateway instead of starting one in this process
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
+    /// Of the gateway's link
+    #[command(flatten)]
+    pub tls: ClientTlsArgs,
     /// The model, and how it runs in this process
     #[command(flatten)]
     pub model: ModelArgs,
@@ -143,8 +147,8 @@ async fn edit(args: &EditArgs, text: &str) -> anyhow::Result<Edited> {
         ..EditRequest::default()
     };
     match &args.endpoint {
-        Some(endpoint) => ask(gateway(endpoint)?, request).await,
-        None => with_gateway(None, &args.model, async |client| ask(client, request).await).await,
+        Some(endpoint) => ask(gateway(endpoint, &args.tls)?, request).await,
+        None => with_gateway(&args.model, async |client| ask(client, request).await).await,
     }
 }
 

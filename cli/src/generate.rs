@@ -52,10 +52,10 @@ async fn generate(args: &GenerateArgs, prompt: &str) -> anyhow::Result<ExitCode>
         // A cluster of our own has one model, whatever the folder was called.
         let request = request::build(args, prompt, "", drafts);
         let ask = async |client| stream(args, prompt, Resuming::new(vec![client], request)).await;
-        with_gateway(None, &args.model, ask).await?;
+        with_gateway(&args.model, ask).await?;
     } else {
         let request = request::build(args, prompt, args.model.model.as_deref().unwrap_or_default(), drafts);
-        stream(args, prompt, Resuming::through(&args.endpoint, request)?).await?;
+        stream(args, prompt, Resuming::through(&args.endpoint, &args.tls, request)?).await?;
     }
     Ok(ExitCode::SUCCESS)
 }

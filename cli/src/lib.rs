@@ -6,6 +6,7 @@
 //! - [`args`]: what may be typed
 //! - [`generate`], [`edit`], [`request`], [`resume`], [`screen`]: the client
 //! - [`local`], [`up`], [`service`]: services in this process
+//! - [`tls`]: certificates of clients and services
 //! - [`control`], [`apply`]: looking at a cluster and steering it
 //! - [`models`]: where models are found
 //! - [`inspect`], [`raw`], [`verify`]: looking at checkpoints and comparing with other implementations
@@ -37,6 +38,7 @@ pub mod request;
 pub mod resume;
 pub mod screen;
 pub mod service;
+pub mod tls;
 pub mod train;
 pub mod up;
 pub mod verify;

@@ -2,6 +2,7 @@
 
 use crate::args::ModelArgs;
 use crate::models;
+use crate::tls::ClientTlsArgs;
 use anyhow::{Context, anyhow, bail};
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -17,6 +18,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 use unmask_controller::store::StoreUrl;
 use unmask_proto::controllers::Controllers;
+use unmask_proto::network::{Incoming, Network};
 use unmask_proto::v1::ListModelsRequest;
 use unmask_proto::v1::inference_service_client::InferenceServiceClient;
 
@@ -62,6 +64,15 @@ impl Listeners {
             controller: bind(1, "controller").await?,
             worker: bind(2, "worker").await?,
         })
+    }
+
+    /// Where they listen.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn addresses(&self) -> std::io::Result<Vec<SocketAddr>> {
+        let all = [Some(&self.gateway), self.http.as_ref(), Some(&self.controller), Some(&self.worker)];
+        all.into_iter().flatten().map(TcpListener::local_addr).collect()
     }
 
     /// Binds the HTTP interface too: at `address`, else at its own port of `host`, or a free one when `port` is 0.
@@ -135,7 +146,7 @@ impl Cluster {
         let ended = stops[1].clone().cancelled_owned();
         services.spawn(named("worker", unmask_worker::run(config, worker, ended)));
         let config = unmask_gateway::Config::new(Controllers::one(addresses.1));
-        let sockets = unmask_gateway::Listeners { grpc: gateway.into(), http };
+        let sockets = unmask_gateway::Listeners { grpc: gateway.into(), http: http.map(Incoming::from) };
         let ended = stops[0].clone().cancelled_owned();
         services.spawn(named("gateway", unmask_gateway::run(config, sockets, ended)));
         let (gateway, controller, worker) = addresses;
@@ -147,7 +158,7 @@ impl Cluster {
     /// # Errors
     /// A service failed, or nothing serves within the limit.
     pub async fn ready(&mut self) -> anyhow::Result<Gateway> {
-        let mut client = gateway(&self.gateway.to_string())?;
+        let mut client = gateway(&self.gateway.to_string(), &ClientTlsArgs::default())?;
         let serving = async {
             loop {
                 let listed = client.list_models(ListModelsRequest {}).await;
@@ -187,18 +198,14 @@ impl Cluster {
     }
 }
 
-/// Runs `work` with a client of `endpoint`, or of a cluster in this process that stops afterwards.
+/// Runs `work` with a client of a cluster in this process that stops afterwards.
 ///
 /// # Errors
 /// The model is not found, a service fails, or `work` does.
 pub async fn with_gateway<T>(
-    endpoint: Option<&str>,
     model: &ModelArgs,
     work: impl AsyncFnOnce(Gateway) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
-    if let Some(endpoint) = endpoint {
-        return work(gateway(endpoint)?).await;
-    }
     let data = tempfile::tempdir().context("cannot make a temporary folder for the controller's state")?;
     let listeners = Listeners::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).await?;
     let mut cluster = Cluster::start(listeners, model, data.path().to_owned())?;
@@ -233,23 +240,32 @@ pub type Gateway = InferenceServiceClient<InterceptedService<Channel, ApiKey>>;
 /// A client of the gateway at `endpoint`, connected when it is first used.
 ///
 /// # Errors
-/// The address is malformed, or the API key in the environment is.
-pub fn gateway(endpoint: &str) -> anyhow::Result<Gateway> {
+/// The address is malformed, the API key in the environment is, or certificates cannot be used.
+pub fn gateway(endpoint: &str, tls: &ClientTlsArgs) -> anyhow::Result<Gateway> {
     let key = match std::env::var(API_KEY_VARIABLE) {
         Ok(key) => Some(format!("Bearer {key}").parse().with_context(|| format!("{API_KEY_VARIABLE} is no key"))?),
         Err(_) => None,
     };
-    Ok(InferenceServiceClient::with_interceptor(connect(endpoint)?, ApiKey(key)))
+    Ok(InferenceServiceClient::with_interceptor(connect(endpoint, tls)?, ApiKey(key)))
 }
 
-/// A lazy connection.
+/// A lazy connection: under TLS to `https://`, and to an address without a scheme where certificates are given.
 ///
 /// # Errors
-/// The address is malformed.
-pub fn connect(endpoint: &str) -> anyhow::Result<Channel> {
-    let url = if endpoint.contains("://") { endpoint.to_owned() } else { format!("http://{endpoint}") };
-    let endpoint = Endpoint::from_shared(url.clone()).with_context(|| format!("--endpoint {url:?} is no address"))?;
-    Ok(endpoint.tcp_nodelay(true).connect_lazy())
+/// The address is malformed, or certificates cannot be used.
+pub fn connect(endpoint: &str, tls: &ClientTlsArgs) -> anyhow::Result<Channel> {
+    let (under_tls, address) = match endpoint.split_once("://") {
+        Some(("https", address)) => (true, address),
+        Some(("http", _)) if tls.given() => {
+            bail!("{endpoint:?} is plain: say https://, or give no --tls-ca and no --tls-cert")
+        }
+        Some(("http", address)) => (false, address),
+        Some(_) => bail!("--endpoint {endpoint:?} is no address: give http://HOST:PORT or https://HOST:PORT"),
+        None => (tls.given(), endpoint),
+    };
+    let network = if under_tls { tls.network()? } else { Network::default() };
+    let dialled = Endpoint::from_shared(format!("http://{address}"));
+    Ok(network.channel(&dialled.with_context(|| format!("--endpoint {endpoint:?} is no address"))?))
 }
 
 async fn named<E: std::error::Error + Send + Sync + 'static>(

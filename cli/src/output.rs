@@ -38,6 +38,20 @@ fn one_line(error: &anyhow::Error) -> String {
     parts.join(": ").replace('\n', "; ")
 }
 
+/// A status's message and what caused it, in one line.
+pub fn with_causes(status: &tonic::Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 /// Whether the error is only that the reader of standard output has gone.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error

@@ -1,6 +1,7 @@
 //! A stream that goes on through another gateway when its own is lost: no token twice, none missing.
 
 use crate::local::{Gateway, gateway};
+use crate::tls::ClientTlsArgs;
 use anyhow::{Context, anyhow};
 use std::time::Duration;
 use tonic::{Code, Status, Streaming};
@@ -82,9 +83,9 @@ impl Resuming {
     /// The same over lazy connections to `endpoints`.
     ///
     /// # Errors
-    /// An address is malformed, or there is none.
-    pub fn through(endpoints: &[String], request: GenerateRequest) -> anyhow::Result<Self> {
-        let gateways: anyhow::Result<Vec<_>> = endpoints.iter().map(|endpoint| gateway(endpoint)).collect();
+    /// An address is malformed, there is none, or certificates cannot be used.
+    pub fn through(endpoints: &[String], tls: &ClientTlsArgs, request: GenerateRequest) -> anyhow::Result<Self> {
+        let gateways: anyhow::Result<Vec<_>> = endpoints.iter().map(|endpoint| gateway(endpoint, tls)).collect();
         let gateways = gateways?;
         gateways.first().context("--endpoint: give at least one")?;
         Ok(Self::new(gateways, request))

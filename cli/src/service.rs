@@ -1,20 +1,102 @@
 //! `unmask gateway`, `controller`, `worker`: one service each, from a file and flags.
 
-use crate::args::{ControllerArgs, Dtype, GatewayArgs, WorkerArgs};
+use crate::args::Dtype;
 use crate::local::bind_http;
+use crate::models::OverrideArgs;
+use crate::tls::ServiceTlsArgs;
 use crate::{models, output};
 use anyhow::{Context, ensure};
 use clap::Args;
 use serde::de::DeserializeOwned;
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use unmask_engine::LoadOptions;
 use unmask_gateway::Listeners;
+use unmask_proto::network::Incoming;
+use unmask_proto::tls::{Links, Protocol};
 use unmask_worker::group::{RankConfig, run_rank};
+
+/// `unmask gateway`
+#[derive(Debug, Args)]
+pub struct GatewayArgs {
+    /// Settings as TOML
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// host:port to listen on
+    #[arg(long, default_value = "127.0.0.1:7700")]
+    pub listen: String,
+    /// host:port of the OpenAI-compatible HTTP interface; none where neither this nor the file says
+    #[arg(long, value_name = "HOST:PORT")]
+    pub http: Option<String>,
+    /// host:port of the controller, or of its replicas with commas between
+    #[arg(long)]
+    pub controller: Option<String>,
+    /// Certificates
+    #[command(flatten)]
+    pub tls: ServiceTlsArgs,
+}
+
+/// `unmask controller`
+#[derive(Debug, Args)]
+pub struct ControllerArgs {
+    /// Settings as TOML
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// host:port to listen on
+    #[arg(long, default_value = "127.0.0.1:7701")]
+    pub listen: String,
+    /// embedded:FOLDER, or etcd://HOST:PORT,.. for several replicas (in builds with the cargo feature etcd)
+    #[arg(long)]
+    pub store: Option<String>,
+    /// host:port at which the others reach this replica; the address it listens on where absent
+    #[arg(long)]
+    pub advertise: Option<String>,
+    /// Certificates
+    #[command(flatten)]
+    pub tls: ServiceTlsArgs,
+}
+
+/// `unmask worker`
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// Settings as TOML
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// host:port to listen on
+    #[arg(long, default_value = "127.0.0.1:7702")]
+    pub listen: String,
+    /// host:port of the controller, or of its replicas with commas between
+    #[arg(long)]
+    pub controller: Option<String>,
+    /// Folder or name of the model
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Type of the weights
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: Dtype,
+    /// Threads of the forward pass; all cores where neither this nor the file says
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Ranks that share the model, as threads of this worker: 1, 2, 4 or 8
+    #[arg(long, value_name = "RANKS")]
+    pub tensor_parallel: Option<usize>,
+    /// host:port of every rank, where ranks are processes: this worker's first, the others run `unmask rank`
+    #[arg(long, value_delimiter = ',', value_name = "ADDRESSES")]
+    pub rank_addresses: Option<Vec<String>>,
+    /// Bring no model: serve what `unmask apply` wants
+    #[command(flatten)]
+    pub pool: PoolArgs,
+    /// What the checkpoint does not say
+    #[command(flatten)]
+    pub overrides: OverrideArgs,
+    /// Certificates
+    #[command(flatten)]
+    pub tls: ServiceTlsArgs,
+}
 
 /// Runs a gateway until it is told to stop.
 ///
@@ -24,16 +106,18 @@ pub fn gateway(args: GatewayArgs) -> anyhow::Result<ExitCode> {
     let mut raw: unmask_gateway::RawConfig = read(args.config.as_deref())?;
     raw.controller = args.controller.or(raw.controller);
     raw.http = args.http.or(raw.http);
+    args.tls.over(&mut raw.tls, &mut raw.insecure);
     let config = unmask_gateway::Config::try_from(raw)?;
-    serve(&args.listen, "gateway", |grpc, stop| async move {
+    serve(&args.listen, "gateway", config.links.clone(), |grpc, stop| async move {
         let http = match &config.http {
-            Some(address) => Some(bind_http(address).await?),
+            Some(address) => Some(config.links.incoming(bind_http(address).await?, Protocol::Http)?),
             None => None,
         };
         if let Some(http) = &http {
-            output::note(&format!("HTTP on http://{}/v1", http.local_addr()?));
+            let scheme = if config.links.tls.is_some() { "https" } else { "http" };
+            output::note(&format!("HTTP on {scheme}://{}/v1", http.local_addr()?));
         }
-        unmask_gateway::run(config, Listeners { grpc: grpc.into(), http }, stop.cancelled_owned()).await?;
+        unmask_gateway::run(config, Listeners { grpc, http }, stop.cancelled_owned()).await?;
         anyhow::Ok(())
     })
 }
@@ -46,8 +130,11 @@ pub fn controller(args: ControllerArgs) -> anyhow::Result<ExitCode> {
     let mut raw: unmask_controller::RawConfig = read(args.config.as_deref())?;
     raw.store = args.store.or(raw.store);
     raw.advertise = args.advertise.or(raw.advertise);
+    args.tls.over(&mut raw.tls, &mut raw.insecure);
     let config = unmask_controller::Config::try_from(raw)?;
-    serve(&args.listen, "controller", |listener, stop| unmask_controller::run(config, listener, stop.cancelled_owned()))
+    serve(&args.listen, "controller", config.links.clone(), |incoming, stop| {
+        unmask_controller::run(config, incoming, stop.cancelled_owned())
+    })
 }
 
 /// Who a worker is, and what one of the pool offers.
@@ -99,9 +186,12 @@ pub fn worker(args: WorkerArgs) -> anyhow::Result<ExitCode> {
     raw.threads = args.threads.or(raw.threads);
     raw.tensor_parallel = args.tensor_parallel.or(raw.tensor_parallel);
     raw.rank_addresses = args.rank_addresses.or(raw.rank_addresses);
+    args.tls.over(&mut raw.tls, &mut raw.insecure);
     let mut config = unmask_worker::Config::try_from(raw)?;
     config.load = args.overrides.load_options(args.dtype, config.load.threads);
-    serve(&args.listen, "worker", |listener, stop| unmask_worker::run(config, listener, stop.cancelled_owned()))
+    serve(&args.listen, "worker", config.links.clone(), |incoming, stop| {
+        unmask_worker::run(config, incoming, stop.cancelled_owned())
+    })
 }
 
 /// Draws an API key, and prints it with what a gateway's file has of it.
@@ -168,7 +258,8 @@ fn read<T: DeserializeOwned + Default>(path: Option<&Path>) -> anyhow::Result<T>
 fn serve<E, F>(
     listen: &str,
     name: &str,
-    run: impl FnOnce(TcpListener, CancellationToken) -> F,
+    links: Links,
+    run: impl FnOnce(Incoming, CancellationToken) -> F,
 ) -> anyhow::Result<ExitCode>
 where
     anyhow::Error: From<E>,
@@ -179,11 +270,14 @@ where
         let listener = TcpListener::bind(listen)
             .await
             .with_context(|| format!("cannot listen on {listen}: choose another with --listen"))?;
-        output::note(&format!("{name} listens on {}", listener.local_addr()?));
+        let incoming = links.incoming(listener, Protocol::Grpc)?;
+        output::note(&format!("{name} listens on {}", incoming.local_addr()?));
         let mut terminate = signal(SignalKind::terminate())?;
         let stop = CancellationToken::new();
-        let service = run(listener, stop.clone());
+        let service = run(incoming, stop.clone());
         tokio::pin!(service);
+        // It ends with the runtime.
+        tokio::spawn(async move { links.follow().await });
         tokio::select! {
             ended = &mut service => ended?,
             _ = tokio::signal::ctrl_c() => {

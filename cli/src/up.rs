@@ -3,7 +3,7 @@
 use crate::args::UpArgs;
 use crate::local::{Cluster, Listeners};
 use crate::output;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,6 +22,13 @@ async fn up(args: UpArgs) -> anyhow::Result<ExitCode> {
     let mut terminate = signal(SignalKind::terminate())?;
     let listeners = Listeners::bind(args.host, args.port).await?;
     let listeners = listeners.with_http(args.http.as_deref(), args.host, args.port).await?;
+    let reached = listeners.addresses()?.into_iter().find(|address| !address.ip().is_loopback());
+    ensure!(
+        args.insecure || reached.is_none(),
+        "{} is reached from other machines, and links would be plain: run gateway, controller and worker with certificates \
+         (docs/cluster.md, TLS), or give --insecure when everybody on the network can be trusted",
+        reached.map_or_else(String::new, |address| address.to_string())
+    );
     let data_dir = args.data_dir.map_or_else(default_data_dir, Ok)?;
     std::fs::create_dir_all(&data_dir).with_context(|| format!("--data-dir: cannot create {}", data_dir.display()))?;
     let mut cluster = Cluster::start_profiled(listeners, &args.model, data_dir, default_profile_dir())?;

@@ -15,6 +15,7 @@ use unmask::bench::serve::schedule::Schedule;
 use unmask::bench::serve::summary::{Ended, Load};
 use unmask::bench::serve::target::{Questions, Target};
 use unmask::local::{Cluster, Listeners};
+use unmask::tls::ClientTlsArgs;
 use unmask_proto::v1::Decoding;
 
 /// Runs a small load on the bundled model in this process.
@@ -197,7 +198,8 @@ async fn an_interrupted_run_keeps_what_it_saw() {
         decoding: Decoding { max_tokens: Some(64), ..Decoding::default() },
         timeout: Duration::from_secs(60),
     };
-    let target = Target::connect(&cluster.gateway.to_string(), None, 200, questions).await.unwrap();
+    let target =
+        Target::connect(&cluster.gateway.to_string(), &ClientTlsArgs::default(), None, 200, questions).await.unwrap();
 
     // One request now, and one that nobody will wait for.
     let hour = Duration::from_secs(3600);

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use unmask::args::{Dtype, ModelArgs};
 use unmask::local::{Cluster, Gateway, Listeners};
+use unmask::tls::ClientTlsArgs;
 use unmask_controller::store::StoreUrl;
 use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::generate_request::Input;
@@ -82,7 +83,7 @@ async fn start() -> Group {
     config.load.dtype = Dtype::Bf16.weights();
     config.load.threads = 1;
     let worker = tokio::spawn(unmask_worker::run(config, worker, never()));
-    let mut client = unmask::local::gateway(&public.to_string()).unwrap();
+    let mut client = unmask::local::gateway(&public.to_string(), &ClientTlsArgs::default()).unwrap();
     let ready = async {
         while !client
             .list_models(ListModelsRequest {})

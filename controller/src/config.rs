@@ -1,10 +1,11 @@
 //! Settings of a controller, as written and as validated.
 
-use crate::store::StoreUrl;
+use crate::store::{RawStoreTls, StoreTls, StoreUrl};
 use serde::Deserialize;
 use std::time::Duration;
 use thiserror::Error;
 use unmask_proto::controllers::is_host_port;
+use unmask_proto::tls::{Links, RawTls};
 
 /// Members silent for this long are taken out of the routes.
 pub const MEMBER_TTL: Duration = Duration::from_secs(5);
@@ -25,13 +26,23 @@ pub struct RawConfig {
     pub advertise: Option<String>,
     /// Milliseconds of silence after which a member leaves the routes; default 5000.
     pub member_ttl_ms: Option<u64>,
+    /// How the link to etcd is protected; plain where absent.
+    pub store_tls: Option<RawStoreTls>,
+    /// Certificates; without them links are plain.
+    pub tls: Option<RawTls>,
+    /// Plain links may leave this machine: everybody on the network is trusted.
+    pub insecure: Option<bool>,
 }
 
 /// Validated settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// Where epochs and groups are kept.
     pub store: StoreUrl,
+    /// How the link to etcd is protected; plain where absent.
+    pub store_tls: Option<StoreTls>,
+    /// Certificates, for whoever binds the socket.
+    pub links: Links,
     /// host:port at which this replica is reached; `None` takes the address it listens on.
     pub advertise: Option<String>,
     /// Members silent for this long leave the routes; also the grace after a start.
@@ -46,7 +57,7 @@ pub struct ConfigError(pub Vec<String>);
 impl Config {
     /// The default settings over `store`.
     pub fn new(store: StoreUrl) -> Self {
-        Self { store, advertise: None, member_ttl: MEMBER_TTL }
+        Self { store, store_tls: None, links: Links::default(), advertise: None, member_ttl: MEMBER_TTL }
     }
 
     /// How often the state is looked over: often enough to notice silence soon after the time-to-live.
@@ -83,8 +94,22 @@ impl TryFrom<RawConfig> for Config {
                 member_ttl.as_millis()
             ));
         }
+        let store_tls = raw.store_tls.map(StoreTls::read).transpose().unwrap_or_else(|problems| {
+            errors.extend(problems);
+            None
+        });
+        if store_tls.is_some() && !matches!(store, Some(StoreUrl::Etcd(_)) | None) {
+            errors.push("store_tls: is for etcd, the store is a folder".into());
+        }
+        // Workers, gateways and those who steer have certificates.
+        let links = Links::new(raw.tls, raw.insecure, true).unwrap_or_else(|problems| {
+            errors.extend(problems);
+            Links::default()
+        });
         match store {
-            Some(store) if errors.is_empty() => Ok(Self { store, advertise: raw.advertise, member_ttl }),
+            Some(store) if errors.is_empty() => {
+                Ok(Self { store, store_tls, links, advertise: raw.advertise, member_ttl })
+            }
             _ => Err(ConfigError(errors)),
         }
     }
@@ -97,10 +122,15 @@ mod tests {
 
     #[test]
     fn all_errors_come_at_once_with_their_keys() {
-        let raw: RawConfig = serde_json::from_str(r#"{"store": "consul:1", "member_ttl_ms": 1}"#).unwrap();
-        let error = Config::try_from(raw).unwrap_err();
-        assert_eq!(error.0.len(), 2, "{error}");
-        assert!(error.0[0].starts_with("store: ") && error.0[1].starts_with("member_ttl_ms: "), "{error}");
+        let json = r#"{"store": "consul:1", "member_ttl_ms": 1, "tls": {"cert": "a", "key": "b"},
+            "store_tls": {"ca": "/nowhere", "key": "c"}}"#;
+        let raw: RawConfig = serde_json::from_str(json).unwrap();
+        let ConfigError(errors) = Config::try_from(raw).unwrap_err();
+        let keys: Vec<_> = errors.iter().filter_map(|error| error.split(':').next()).collect();
+        assert_eq!(keys, ["store", "member_ttl_ms", "store_tls.ca", "store_tls.key", "store_tls.cert", "tls.ca"]);
+        let raw = r#"{"store": "embedded:/a", "store_tls": {}}"#;
+        let ConfigError(errors) = Config::try_from(serde_json::from_str::<RawConfig>(raw).unwrap()).unwrap_err();
+        assert!(errors.len() == 1 && errors[0].starts_with("store_tls: "), "{errors:?}");
     }
 
     #[test]

@@ -80,7 +80,7 @@ pub async fn run(
     incoming: impl Into<Incoming>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
-    let store = store::open(&config.store).await?;
+    let store = store::open(&config.store, config.store_tls.as_ref()).await?;
     run_on(store, config, incoming, shutdown).await
 }
 

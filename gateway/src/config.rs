@@ -8,6 +8,7 @@ use std::time::Duration;
 use thiserror::Error;
 use unmask_proto::controllers::Controllers;
 use unmask_proto::network::Network;
+use unmask_proto::tls::{Links, RawTls};
 
 /// What may be under way and wait, when nothing else is configured: as many rows as 512 streams of 16384 have.
 pub const ADMISSION: Limits =
@@ -50,6 +51,10 @@ pub struct RawConfig {
     pub stall_limit_ms: Option<u64>,
     /// A stream whose group is lost waits this long for one (milliseconds).
     pub group_wait_ms: Option<u64>,
+    /// Certificates; without them links are plain.
+    pub tls: Option<RawTls>,
+    /// Plain links may leave this machine: everybody on the network is trusted.
+    pub insecure: Option<bool>,
     /// Who may ask, with which keys and how much; everybody where there are none.
     #[serde(default)]
     pub tenants: Vec<RawTenant>,
@@ -62,6 +67,8 @@ pub struct Config {
     pub controllers: Controllers,
     /// The way to them and to workers.
     pub network: Network,
+    /// Certificates, for whoever binds the sockets.
+    pub links: Links,
     /// host:port of the HTTP interface, for whoever binds its socket: see [`crate::Listeners`].
     pub http: Option<String>,
     /// Name of this gateway in the controller's logs.
@@ -91,6 +98,7 @@ impl Config {
         Self {
             controllers,
             network: Network::default(),
+            links: Links::default(),
             http: None,
             gateway_id: uuid::Uuid::new_v4().to_string(),
             admission: ADMISSION,
@@ -164,6 +172,11 @@ impl TryFrom<RawConfig> for Config {
         if config.stall_limit.is_zero() {
             errors.push("stall_limit_ms: must be at least 1, is 0".into());
         }
+        // Clients have keys (tenants), seldom certificates.
+        match Links::new(raw.tls, raw.insecure, false) {
+            Ok(links) => (config.network, config.links) = (links.network(), links),
+            Err(problems) => errors.extend(problems),
+        }
         match Tenants::new(raw.tenants) {
             Ok(tenants) => config.tenants = tenants,
             Err(problems) => errors.extend(problems),
@@ -185,13 +198,13 @@ mod tests {
     fn all_errors_come_at_once_with_their_keys() {
         let json = r#"{"controller": "host", "http": "7780", "gateway_id": "", "streams_max": 0, "rows_max": 0,
             "queue_max": 9999, "queue_wait_ms": 0, "drain_limit_ms": 1000000000000,
-            "stall_limit_ms": 0}"#;
+            "stall_limit_ms": 0, "tls": {"cert": "a"}}"#;
         let errors = parse(json).unwrap_err().0;
         let keys: Vec<_> = errors.iter().map(|error| error.split(':').next().unwrap()).collect();
         let admission = ["streams_max", "rows_max", "queue_max", "queue_wait_ms"];
         assert_eq!(keys[..3], ["controller", "http", "gateway_id"]);
         assert_eq!(keys[3..7], admission);
-        assert_eq!(keys[7..], ["drain_limit_ms", "stall_limit_ms"]);
+        assert_eq!(keys[7..], ["drain_limit_ms", "stall_limit_ms", "tls.key"]);
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub struct Listeners {
     /// gRPC.
     pub grpc: Incoming,
     /// The OpenAI-compatible HTTP interface, where there is to be one.
-    pub http: Option<TcpListener>,
+    pub http: Option<Incoming>,
 }
 
 impl From<Incoming> for Listeners {

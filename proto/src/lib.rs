@@ -5,7 +5,7 @@
 //!
 //! Modules in reading order: [`v1`] (generated), [`DESCRIPTORS`] (for reflection), [`rich`] (errors as
 //! section "Errors" of the public interface wants them), [`controllers`] (which replica of a controller to
-//! ask), [`timeout`] (how long a call may take), [`network`] (how services reach each other),
+//! ask), [`timeout`] (how long a call may take), [`network`] (how services reach each other), [`tls`] (certificates),
 //! [`watch`] (a value that tasks wait for), [`failpoints`] (bugs to look for).
 
 pub mod controllers;
@@ -13,6 +13,7 @@ pub mod failpoints;
 pub mod network;
 pub mod rich;
 pub mod timeout;
+pub mod tls;
 pub mod watch;
 
 /// Package `unmask.v1`.

@@ -1,5 +1,7 @@
-//! How services reach each other: over TCP, or over whatever else dials and accepts (a test's own network).
+//! How services reach each other: over TCP, with TLS or plain, or over whatever else dials and accepts (a test's own
+//! network).
 
+use crate::tls::{Protocol, Tls, TlsDial, accept};
 use std::fmt;
 use std::future::Future;
 use std::io;
@@ -9,9 +11,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::codegen::http::Uri;
+use tonic::codegen::http::uri::Scheme;
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint, Error};
 
@@ -81,27 +84,38 @@ struct Tcp;
 
 impl Dial for Tcp {
     fn dial(&self, address: String) -> Dialling {
-        Box::pin(async move {
-            let stream = TcpStream::connect(address).await?;
-            stream.set_nodelay(true)?;
-            Ok(Connection::new(stream))
-        })
+        Box::pin(async move { Ok(Connection::new(tcp(&address).await?)) })
     }
+}
+
+pub(crate) async fn tcp(address: &str) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 /// The way to other services. Clones share it.
 #[derive(Clone)]
-pub struct Network(Arc<dyn Dial>);
+pub struct Network {
+    dial: Arc<dyn Dial>,
+    /// Of what is dialled: tonic itself is told that all is http, since it would want to do TLS itself.
+    scheme: Scheme,
+}
 
 impl Network {
     /// Over what `dial` opens.
     pub fn new(dial: impl Dial + 'static) -> Self {
-        Self(Arc::new(dial))
+        Self { dial: Arc::new(dial), scheme: Scheme::HTTP }
     }
 
-    /// A channel that connects when it is first used, and again whenever it has to.
+    /// Over TCP and TLS.
+    pub fn tls(tls: Tls) -> Self {
+        Self { dial: Arc::new(TlsDial(tls)), scheme: Scheme::HTTPS }
+    }
+
+    /// A channel to an endpoint `http://HOST:PORT` that connects when it is first used, and again whenever it has to.
     pub fn channel(&self, endpoint: &Endpoint) -> Channel {
-        endpoint.connect_with_connector_lazy(self.connector())
+        self.marked(endpoint).connect_with_connector_lazy(self.connector())
     }
 
     /// A channel that is connected.
@@ -109,14 +123,31 @@ impl Network {
     /// # Errors
     /// Nobody answers there, or not in time.
     pub async fn connect(&self, endpoint: &Endpoint) -> Result<Channel, Error> {
-        endpoint.connect_with_connector(self.connector()).await
+        self.marked(endpoint).connect_with_connector(self.connector()).await
+    }
+
+    /// A bare connection to host:port.
+    #[cfg(test)]
+    pub(crate) fn dial(&self, address: String) -> Dialling {
+        self.dial.dial(address)
+    }
+
+    /// With what requests over it call their scheme.
+    fn marked(&self, endpoint: &Endpoint) -> Endpoint {
+        let mut origin = endpoint.uri().clone().into_parts();
+        origin.scheme = Some(self.scheme.clone());
+        match Uri::from_parts(origin) {
+            Ok(origin) => endpoint.clone().origin(origin),
+            Err(_) => endpoint.clone(),
+        }
     }
 
     fn connector(&self) -> Connector {
-        let dial = Arc::clone(&self.0);
+        let dial = Arc::clone(&self.dial);
+        let default_port = if self.scheme == Scheme::HTTPS { 443 } else { 80 };
         tower::service_fn(Box::new(move |uri: Uri| {
-            let address = uri.authority().map_or_else(String::new, |authority| authority.as_str().to_owned());
-            let dialling = dial.dial(address);
+            let (host, port) = (uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(default_port));
+            let dialling = dial.dial(format!("{host}:{port}"));
             Box::pin(async move { dialling.await.map(hyper_util::rt::TokioIo::new) }) as Opening
         }))
     }
@@ -147,6 +178,15 @@ impl Incoming {
     /// Of connections that arrive at `address`.
     pub fn new(address: SocketAddr, connections: impl Stream<Item = io::Result<Connection>> + Send + 'static) -> Self {
         Self { address: Ok(address), connections: Box::pin(connections) }
+    }
+
+    /// Of a socket, each once its TLS handshake is done.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn tls(listener: TcpListener, tls: Tls, protocol: Protocol) -> Self {
+        let address = listener.local_addr();
+        Self { address, connections: Box::pin(ReceiverStream::new(accept(listener, tls, protocol))) }
     }
 
     /// Where it listens.

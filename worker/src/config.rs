@@ -8,6 +8,7 @@ use thiserror::Error;
 use unmask_engine::{Limits, LoadOptions};
 use unmask_proto::controllers::{Controllers, is_host_port};
 use unmask_proto::network::Network;
+use unmask_proto::tls::{Links, RawTls};
 
 /// Longest wait at shutdown for requests to finish, when nothing else is configured.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(30);
@@ -59,6 +60,10 @@ pub struct RawConfig {
     pub rank_addresses: Option<Vec<String>>,
     /// Incarnation of the group of processes; default 1.
     pub epoch: Option<u64>,
+    /// Certificates; without them links are plain.
+    pub tls: Option<RawTls>,
+    /// Plain links may leave this machine: everybody on the network is trusted.
+    pub insecure: Option<bool>,
 }
 
 /// What a worker of the pool offers, as written.
@@ -129,6 +134,8 @@ pub struct Config {
     pub controllers: Controllers,
     /// The way to them.
     pub network: Network,
+    /// Certificates, for whoever binds the socket.
+    pub links: Links,
     /// Stable name of this worker; `None` takes its endpoint.
     pub worker_id: Option<String>,
     /// host:port under which gateways reach it; `None` takes the address it listens on.
@@ -171,6 +178,7 @@ impl Config {
             load: LoadOptions::default(),
             controllers,
             network: Network::default(),
+            links: Links::default(),
             worker_id: None,
             advertise: None,
             rows_max: limits.rows_max,
@@ -238,6 +246,11 @@ impl TryFrom<RawConfig> for Config {
         let stall = raw.stall_limit_ms.map_or(config.stall_limit, Duration::from_millis);
         for (key, limit) in [("drain_limit_ms", drain), ("preempt_limit_ms", preempt), ("stall_limit_ms", stall)] {
             require(limit <= LIMIT_MAX, format!("{key}: must be at most {}", LIMIT_MAX.as_millis()));
+        }
+        // Only gateways ask a worker, and they have certificates.
+        match Links::new(raw.tls, raw.insecure, true) {
+            Ok(links) => (config.network, config.links) = (links.network(), links),
+            Err(problems) => problems.into_iter().for_each(|problem| require(false, problem)),
         }
         config.profile_dir = raw.profile_dir.or_else(default_profile_dir);
         (config.drain_limit, config.preempt_limit, config.stall_limit) = (drain, preempt, stall);
@@ -321,12 +334,12 @@ mod tests {
     fn all_errors_come_at_once_with_their_keys() {
         let raw: RawConfig = serde_json::from_str(
             r#"{"controller": "here", "threads": 0, "rows_max": 1, "kv_bytes": 0,
-            "tensor_parallel": 3}"#,
+            "tensor_parallel": 3, "tls": {"cert": "a", "key": "b"}}"#,
         )
         .unwrap();
         let ConfigError(errors) = Config::try_from(raw).unwrap_err();
         let keys: Vec<_> = errors.iter().filter_map(|error| error.split(':').next()).collect();
-        assert_eq!(keys, ["controller", "tensor_parallel", "model", "threads", "rows_max", "kv_bytes"]);
+        assert_eq!(keys, ["controller", "tensor_parallel", "model", "threads", "rows_max", "kv_bytes", "tls.ca"]);
         assert!(serde_json::from_str::<RawConfig>(r#"{"modle": "x"}"#).unwrap_err().to_string().contains("modle"));
     }
 

@@ -17,6 +17,7 @@ pub mod score;
 use crate::args::ModelArgs;
 use crate::bench::machine::Machine;
 use crate::local::{self, Gateway};
+use crate::tls::ClientTlsArgs;
 use crate::{INTERRUPTED, models, output, raw};
 use answers::{Answers, Batch, Header, Part};
 use anyhow::{Context, ensure};
@@ -51,6 +52,9 @@ pub struct EvalArgs {
     /// Ask this gateway instead of starting one in this process
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
+    /// Of the gateway's link
+    #[command(flatten)]
+    pub tls: ClientTlsArgs,
     /// The model, and how it runs in this process
     #[command(flatten)]
     pub model: ModelArgs,
@@ -107,9 +111,14 @@ fn threshold(text: &str) -> Result<f32, String> {
 pub fn run(args: &EvalArgs) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let ended = runtime.block_on(async {
-        let work = async |client| evaluate(args, client).await;
+        let work = async {
+            match &args.endpoint {
+                Some(endpoint) => evaluate(args, local::gateway(endpoint, &args.tls)?).await,
+                None => local::with_gateway(&args.model, async |client| evaluate(args, client).await).await,
+            }
+        };
         tokio::select! {
-            ended = local::with_gateway(args.endpoint.as_deref(), &args.model, work) => ended.map(|()| ExitCode::SUCCESS),
+            ended = work => ended.map(|()| ExitCode::SUCCESS),
             _ = tokio::signal::ctrl_c() => {
                 output::note("interrupted: the same command goes on from here");
                 Ok(ExitCode::from(INTERRUPTED))

@@ -6,6 +6,7 @@ mod cuts;
 mod pool;
 mod processes;
 mod python;
+mod tls;
 
 use processes::{Cluster, LIMIT, Process};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use unmask::resume::Resuming;
+use unmask::tls::ClientTlsArgs;
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
 use unmask_proto::v1::{Decoding, GenerateRequest};
@@ -53,7 +55,7 @@ async fn stream(endpoints: &[String], index: usize) -> anyhow::Result<Stream> {
 
 /// As [`stream`]; `begun` counts the streams that have begun.
 async fn stream_from(endpoints: &[String], index: usize, begun: &AtomicUsize) -> anyhow::Result<Stream> {
-    let mut events = Resuming::through(endpoints, request(index))?;
+    let mut events = Resuming::through(endpoints, &ClientTlsArgs::default(), request(index))?;
     let mut stream =
         Stream { seen: Seen { tokens: Vec::new(), text: String::new() }, continued: false, gap: Duration::ZERO };
     let (mut last, mut next) = (Instant::now(), None);
@@ -340,7 +342,7 @@ async fn a_policy_holds_for_requests_that_name_no_settings() {
     let cluster = Cluster::start(1, 1).await;
     let model = "sdar";
     let settings = async |asked: GenerateRequest| {
-        let mut events = Resuming::through(&cluster.endpoints(), asked).unwrap();
+        let mut events = Resuming::through(&cluster.endpoints(), &ClientTlsArgs::default(), asked).unwrap();
         let Event::Started(started) = events.next().await.unwrap() else { panic!("Started comes first") };
         started.settings.unwrap()
     };

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 use unmask::local::{Gateway, gateway};
+use unmask::tls::ClientTlsArgs;
 use unmask_proto::v1::admin_service_client::AdminServiceClient;
 use unmask_proto::v1::{GetStatusRequest, ListModelsRequest, ModelStatus, WorkerState};
 
@@ -185,7 +186,7 @@ impl Cluster {
     }
 
     pub fn client(&self, number: usize) -> Gateway {
-        gateway(&self.gateways[number].address).unwrap()
+        gateway(&self.gateways[number].address, &ClientTlsArgs::default()).unwrap()
     }
 
     pub fn endpoints(&self) -> Vec<String> {

@@ -1,10 +1,12 @@
 //! etcd as the store. The client reconnects by itself; what it does not do is here: limits on time, another try on
 //! another member, and noticing a watch that has fallen silent.
 
-use super::{Change, Changes, Entry, Expected, LEASE_TTL, LeaseId, Listing, Put, Revision, Store, StoreError};
+use super::{
+    Change, Changes, Entry, Expected, LEASE_TTL, LeaseId, Listing, Put, Revision, Store, StoreError, StoreTls,
+};
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, EventType, GetOptions, KeyValue, PutOptions, Txn,
-    TxnOp, TxnOpResponse, WatchOptions, WatchResponse,
+    Certificate, Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, EventType, GetOptions, Identity,
+    KeyValue, PutOptions, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchResponse,
 };
 use futures::stream::StreamExt as _;
 use std::fmt;
@@ -44,22 +46,27 @@ impl fmt::Debug for Etcd {
 }
 
 impl Etcd {
-    /// Connects to `etcd://HOST:PORT,..`.
+    /// Connects to `etcd://HOST:PORT,..`, under TLS where certificates are given.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] when no member answers.
-    pub async fn open(url: &str) -> Result<Self, StoreError> {
+    pub async fn open(url: &str, tls: Option<&StoreTls>) -> Result<Self, StoreError> {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let members: Vec<String> = url
             .trim_start_matches("etcd://")
             .split(',')
             .filter(|member| !member.is_empty())
-            .map(|member| format!("http://{member}"))
+            .map(|member| format!("{scheme}://{member}"))
             .collect();
         let options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_LIMIT)
             .with_keep_alive(PING.0, PING.1)
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
+        let options = match tls {
+            Some(tls) => options.with_tls(tls_options(tls)),
+            None => options,
+        };
         let client = Client::connect(members, Some(options)).await.map_err(|error| failed(&error))?;
         let store = Self { client: Box::new(client) };
         store.get("").await?;
@@ -81,6 +88,17 @@ impl Etcd {
                 done => return done,
             }
         }
+    }
+}
+
+fn tls_options(tls: &StoreTls) -> TlsOptions {
+    let options = match &tls.ca {
+        Some(ca) => TlsOptions::new().ca_certificate(Certificate::from_pem(ca)),
+        None => TlsOptions::new().with_native_roots(),
+    };
+    match &tls.identity {
+        Some((cert, key)) => options.identity(Identity::from_pem(cert, key)),
+        None => options,
     }
 }
 

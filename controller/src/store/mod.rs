@@ -12,10 +12,12 @@ mod error;
 #[cfg_attr(not(feature = "etcd"), path = "no_etcd.rs")]
 mod etcd;
 mod log;
+mod tls;
 
 pub use embedded::Embedded;
 pub use error::StoreError;
 pub use etcd::Etcd;
+pub use tls::{RawStoreTls, StoreTls};
 
 use futures::stream::BoxStream;
 use std::future::Future;
@@ -211,14 +213,14 @@ pub enum AnyStore {
     Etcd(Etcd),
 }
 
-/// Opens the store at `url`.
+/// Opens the store at `url`; `tls` is for etcd.
 ///
 /// # Errors
 /// [`StoreError::NoEtcd`] in a build without it; else what [`Embedded::open`] or [`Etcd::open`] finds.
-pub async fn open(url: &StoreUrl) -> Result<AnyStore, StoreError> {
+pub async fn open(url: &StoreUrl, tls: Option<&StoreTls>) -> Result<AnyStore, StoreError> {
     match url {
         StoreUrl::Embedded(path) => Ok(AnyStore::Embedded(Embedded::open(path.clone()).await?)),
-        StoreUrl::Etcd(text) => Ok(AnyStore::Etcd(Etcd::open(text).await?)),
+        StoreUrl::Etcd(text) => Ok(AnyStore::Etcd(Etcd::open(text, tls).await?)),
     }
 }
 
@@ -277,7 +279,7 @@ mod tests {
             assert!(matches!(bad.parse::<StoreUrl>(), Err(StoreError::UnknownUrl(_))), "{bad}");
         }
         let etcd = "etcd://127.0.0.1:1".parse::<StoreUrl>().unwrap();
-        let error = open(&etcd).await.unwrap_err();
+        let error = open(&etcd, None).await.unwrap_err();
         let built_in = cfg!(feature = "etcd");
         assert!(matches!(error, StoreError::Unavailable(_)) == built_in, "{error}");
         assert!(matches!(error, StoreError::NoEtcd(_)) != built_in, "{error}");

@@ -1,6 +1,6 @@
 //! Stands in for etcd in a build without the cargo feature `etcd`: there is no value of it.
 
-use super::{Changes, Entry, LeaseId, Listing, Put, Revision, Store, StoreError};
+use super::{Changes, Entry, LeaseId, Listing, Put, Revision, Store, StoreError, StoreTls};
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ impl Etcd {
     ///
     /// # Errors
     /// [`StoreError::NoEtcd`].
-    pub async fn open(url: &str) -> Result<Self, StoreError> {
+    pub async fn open(url: &str, _: Option<&StoreTls>) -> Result<Self, StoreError> {
         Err(StoreError::NoEtcd(url.to_owned()))
     }
 }

@@ -43,7 +43,7 @@ impl Cluster {
     async fn open(&self) -> Etcd {
         let opened = async {
             loop {
-                if let Ok(store) = Etcd::open(&self.url()).await {
+                if let Ok(store) = Etcd::open(&self.url(), None).await {
                     return store;
                 }
             }

@@ -3,6 +3,8 @@
 
 #[cfg(feature = "etcd")]
 mod etcd;
+#[cfg(feature = "etcd")]
+mod etcd_tls;
 mod suite;
 
 use unmask_controller::store::{Embedded, Revision, Store, StoreError};

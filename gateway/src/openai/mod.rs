@@ -5,34 +5,36 @@
 //! - `request`, `fields`: a body to a [`GenerateRequest`](unmask_proto::v1::GenerateRequest), or everything wrong with it
 //! - `answer`: events to answers, whole or in chunks
 //! - `failure`: statuses to HTTP errors
+//! - `sockets`: connections as axum takes them
 
 mod answer;
 mod failure;
 mod fields;
 mod handlers;
 mod request;
+mod sockets;
 
 use crate::service::Service;
 use crate::stack::{HEALTH_PATH, Layers};
 use axum::error_handling::HandleError;
 use axum::extract::Request;
 use axum::routing::{get, post};
-use axum::serve::ListenerExt as _;
 use axum::{Router, ServiceExt};
 use failure::Failure;
+use sockets::Sockets;
 use std::io;
 use std::sync::Arc;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::{BoxError, Layer as _};
+use unmask_proto::network::Incoming;
 
 /// Serves until `close`; then open connections end with what they are answering.
 ///
 /// # Errors
 /// The listener fails.
 pub(crate) async fn serve(
-    listener: TcpListener,
+    incoming: Incoming,
     service: Arc<Service>,
     layers: Layers,
     close: CancellationToken,
@@ -51,13 +53,7 @@ pub(crate) async fn serve(
         Failure::from(status)
     };
     let refusing = HandleError::new(layers.layer(router), refused);
-    // Events are small and wanted at once.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
-        }
-    });
-    axum::serve(listener, ServiceExt::<Request>::into_make_service(refusing))
+    axum::serve(Sockets(incoming), ServiceExt::<Request>::into_make_service(refusing))
         .with_graceful_shutdown(close.cancelled_owned())
         .await
 }

@@ -264,7 +264,7 @@ impl Gateway {
         let address = listener.local_addr().unwrap();
         let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let http_address = http.local_addr().unwrap();
-        let listeners = Listeners { grpc: listener.into(), http: Some(http) };
+        let listeners = Listeners { grpc: listener.into(), http: Some(http.into()) };
         let (stop, stopped) = oneshot::channel();
         let ended = tokio::spawn(unmask_gateway::run(config, listeners, async {
             let _ = stopped.await;

@@ -4,6 +4,7 @@ use super::worker::{BLOCK, CostWorker, Draws};
 use crate::bench::serve::prompts::Prompts;
 use crate::bench::serve::schedule::Extent;
 use crate::local::{Gateway, connect, gateway};
+use crate::tls::ClientTlsArgs;
 use anyhow::{Context, bail, ensure};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,7 +66,7 @@ impl Way {
     /// # Errors
     /// The address is malformed.
     pub fn direct(address: &str, streams: usize) -> anyhow::Result<Self> {
-        let client = |_| Ok(WorkerServiceClient::new(connect(address)?));
+        let client = |_| Ok(WorkerServiceClient::new(connect(address, &ClientTlsArgs::default())?));
         Ok(Way::Direct(connections(streams).map(client).collect::<anyhow::Result<_>>()?))
     }
 
@@ -74,7 +75,9 @@ impl Way {
     /// # Errors
     /// The address is malformed, or the API key in the environment is.
     pub fn gateway(address: &str, streams: usize) -> anyhow::Result<Self> {
-        Ok(Way::Gateway(connections(streams).map(|_| gateway(address)).collect::<anyhow::Result<_>>()?))
+        Ok(Way::Gateway(
+            connections(streams).map(|_| gateway(address, &ClientTlsArgs::default())).collect::<anyhow::Result<_>>()?,
+        ))
     }
 }
 

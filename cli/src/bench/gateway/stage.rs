@@ -4,6 +4,7 @@
 use super::worker::{BLOCK, CostWorker, STREAMS_MAX, Table};
 use crate::local;
 use crate::models;
+use crate::tls::ClientTlsArgs;
 use anyhow::{Context, anyhow, ensure};
 use futures::stream::{BoxStream, StreamExt as _};
 use std::io::{BufRead, BufReader, Write};
@@ -86,7 +87,7 @@ impl Stage {
     /// It does not start, or does not serve in time.
     pub async fn gateway(&self) -> anyhow::Result<GatewayProcess> {
         let gateway = GatewayProcess::start(&self.controller.to_string())?;
-        let mut client = local::gateway(&gateway.address)?;
+        let mut client = local::gateway(&gateway.address, &ClientTlsArgs::default())?;
         let serving = async {
             loop {
                 let listed = client.list_models(ListModelsRequest {}).await;

@@ -16,6 +16,7 @@ use super::serve::target::{Questions, Target};
 use crate::args::ModelArgs;
 use crate::local::{Cluster, Listeners, connect};
 use crate::policy::TYPICAL_CONTEXT;
+use crate::tls::ClientTlsArgs;
 use crate::{models, output};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
@@ -167,7 +168,7 @@ impl Bench<'_> {
     }
 
     fn admin(&self) -> anyhow::Result<AdminServiceClient<tonic::transport::Channel>> {
-        Ok(AdminServiceClient::new(connect(&self.cluster.controller.to_string())?))
+        Ok(AdminServiceClient::new(connect(&self.cluster.controller.to_string(), &ClientTlsArgs::default())?))
     }
 
     async fn ask_for_automatic(&self) -> anyhow::Result<()> {
@@ -218,7 +219,14 @@ impl Bench<'_> {
         };
         let prompts = self.args.prompts.as_deref().map_or_else(|| Ok(Prompts::built_in()), Prompts::read)?;
         let questions = Questions { seed: self.args.seed, prompts, decoding, timeout: TIMEOUT };
-        Target::connect(&format!("http://{}", self.cluster.gateway), None, streams, questions).await
+        Target::connect(
+            &format!("http://{}", self.cluster.gateway),
+            &ClientTlsArgs::default(),
+            None,
+            streams,
+            questions,
+        )
+        .await
     }
 
     /// One load: every setting in turn, in every repeat.

@@ -2,6 +2,7 @@
 
 use crate::args::ModelArgs;
 use crate::request::PolicyArg;
+use crate::tls::ClientTlsArgs;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -34,6 +35,9 @@ pub struct ServeArgs {
     /// Load this gateway instead of starting a cluster in this process
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
+    /// Of the gateway's link
+    #[command(flatten)]
+    pub tls: ClientTlsArgs,
     /// The model, and how it runs in this process
     #[command(flatten)]
     pub model: ModelArgs,

@@ -141,7 +141,7 @@ async fn measure(
     // A local model may be a folder; the cluster in this process serves no other.
     let model = args.endpoint.as_ref().and(args.model.model.as_deref());
     let target = tokio::select! {
-        target = Target::connect(endpoint, model, streams, questions(args, prompts)) => target?,
+        target = Target::connect(endpoint, &args.tls, model, streams, questions(args, prompts)) => target?,
         () = stop.cancelled() => return Ok(None),
     };
     warm_up(&target, args.warmup, stop).await;

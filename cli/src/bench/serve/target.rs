@@ -2,6 +2,7 @@
 
 use super::prompts::Prompts;
 use crate::local::{Gateway, gateway};
+use crate::tls::ClientTlsArgs;
 use anyhow::{Context, bail};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -55,6 +56,7 @@ impl Target {
     /// The gateway does not answer, or does not serve the model.
     pub async fn connect(
         endpoint: &str,
+        tls: &ClientTlsArgs,
         model: Option<&str>,
         streams: u64,
         questions: Questions,
@@ -62,7 +64,7 @@ impl Target {
         let mut connections = Vec::new();
         let mut models = Vec::new();
         for _ in 0..streams.div_ceil(STREAMS_PER_CONNECTION).max(1) {
-            let mut client = gateway(endpoint)?.max_decoding_message_size(MESSAGE_BYTES_MAX);
+            let mut client = gateway(endpoint, tls)?.max_decoding_message_size(MESSAGE_BYTES_MAX);
             let listed = tokio::time::timeout(CONNECT_LIMIT, client.list_models(ListModelsRequest {})).await;
             let listed = listed.with_context(|| format!("{endpoint} does not answer"))?;
             models = listed.with_context(|| format!("cannot ask {endpoint} for its models"))?.into_inner().models;
