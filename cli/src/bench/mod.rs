@@ -42,7 +42,7 @@ pub enum BenchCommand {
     Streams(streams::StreamsArgs),
     /// Serving: latency, throughput and goodput from client to worker
     #[command(after_help = serve::args::EXAMPLES)]
-    Serve(serve::args::ServeArgs),
+    Serve(Box<serve::args::ServeArgs>),
     /// Compare a model with autoregressive decoding on held-out tasks: tokens/s, passes, pass rate
     #[cfg(feature = "train")]
     #[command(after_help = twin::EXAMPLES)]
@@ -58,7 +58,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         BenchCommand::Roof(args) => roof::run(&args),
         BenchCommand::Step(args) => step::run(&args),
         BenchCommand::Streams(args) => streams::run(&args),
-        BenchCommand::Serve(args) => serve::run(args),
+        BenchCommand::Serve(args) => serve::run(*args),
         #[cfg(feature = "train")]
         BenchCommand::Twin(args) => twin::run(&args),
     }
