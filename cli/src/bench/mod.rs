@@ -47,7 +47,7 @@ pub enum BenchCommand {
     Streams(streams::StreamsArgs),
     /// Serving: latency, throughput and goodput from client to worker
     #[command(after_help = serve::args::EXAMPLES)]
-    Serve(serve::args::ServeArgs),
+    Serve(Box<serve::args::ServeArgs>),
     /// What the gateway itself costs: latency beside the direct way, requests/s, memory per idle stream
     #[command(after_help = gateway::EXAMPLES)]
     Gateway(gateway::GatewayBenchArgs),
@@ -69,7 +69,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         BenchCommand::Roof(args) => roof::run(&args),
         BenchCommand::Step(args) => step::run(&args),
         BenchCommand::Streams(args) => streams::run(&args),
-        BenchCommand::Serve(args) => serve::run(args),
+        BenchCommand::Serve(args) => serve::run(*args),
         BenchCommand::Policy(args) => policy::run(&args),
         BenchCommand::Gateway(args) => gateway::run(&args),
         #[cfg(feature = "train")]

@@ -23,7 +23,7 @@ pub(crate) fn read(request: ApplyRequest) -> Result<Event, Status> {
     let mut found = Vec::new();
     let mut require = |ok: bool, field: &str, description: &str| {
         if !ok {
-            found.push(Violation::new(&format!("model.{field}"), description));
+            found.push(Violation::new(format!("model.{field}"), description));
         }
     };
     let model = request.model.unwrap_or_default();

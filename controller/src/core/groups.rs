@@ -274,11 +274,11 @@ impl State {
 
     /// Why a rank of the group says that it is fenced.
     fn problem(&self, group: &Placed) -> Option<String> {
-        let said = group.ranks.iter().filter_map(|(worker, _)| {
+        let mut said = group.ranks.iter().rev().filter_map(|(worker, _)| {
             let member = self.members().get(worker).filter(|member| member.epoch == group.epoch)?;
             (member.readiness == Readiness::Fenced).then(|| format!("{worker}: {}", member.problem))
         });
-        said.last()
+        said.next()
     }
 
     /// Assigns a group's ranks in a new epoch.
