@@ -159,7 +159,7 @@ mod tests {
         let words = ["unmask", "bench", "serve"].into_iter().chain(flags.split_whitespace());
         let Command::Bench(args) = Cli::try_parse_from(words)?.command else { panic!("no bench") };
         let BenchCommand::Serve(args) = args.what else { panic!("not bench serve") };
-        Ok(args)
+        Ok(*args)
     }
 
     #[test]
