@@ -128,13 +128,13 @@ impl Pooled {
     async fn lead(
         &self,
         epoch: u64,
-        serving: Serving,
+        serving: Arc<Serving>,
         thread: JoinHandle<()>,
         abort: AbortHandle,
         ordered: impl Future<Output = ()>,
     ) {
         let runner = serving.runner.clone();
-        self.serving.send_replace(Some(Arc::new(serving)));
+        self.serving.send_replace(Some(serving));
         self.membership.stand(epoch, Readiness::Ready);
         let mut failure = runner.watch_failure();
         let over = async { drop(failure.wait_for(Option::is_some).await) };
@@ -195,7 +195,7 @@ impl Pooled {
 
 /// A seat that is taken.
 enum Taken {
-    Leads { serving: Serving, thread: JoinHandle<()>, abort: AbortHandle },
+    Leads { serving: Arc<Serving>, thread: JoinHandle<()>, abort: AbortHandle },
     Follows { thread: JoinHandle<()>, ended: oneshot::Receiver<String>, abort: AbortHandle },
 }
 
@@ -260,6 +260,6 @@ impl Taking {
         let engine = engine(&held.model, limits(&config, &held.model), comm)?;
         let assigned = Some((seat.model, epoch));
         let (serving, _, thread) = start(&config, &held.dir, assigned, tokenizer, &held.model, engine)?;
-        Ok(Taken::Leads { serving, thread, abort })
+        Ok(Taken::Leads { serving: Arc::new(serving), thread, abort })
     }
 }
