@@ -90,7 +90,7 @@ pub struct Clients {
     known: Arc<Mutex<Known>>,
 }
 
-/// How a stream ended for now.
+/// How one stream of a request ended; one that broke goes on in another.
 enum End {
     Done(&'static str),
     Refused(Status),
