@@ -193,8 +193,8 @@ pub struct GenerateArgs {
     /// Positions decoded together
     #[arg(long)]
     pub block_size: Option<u32>,
-    /// threshold=TAU, fixed=STEPS, factor=F, entropy=NATS, hierarchical=LOW,HIGH, joint-edit=TAU,TAU_EDIT,POST_STEPS or
-    /// autoregressive
+    /// threshold=TAU, fixed=STEPS, factor=F, entropy=NATS, hierarchical=LOW,HIGH, joint-edit=TAU,TAU_EDIT,POST_STEPS,
+    /// self-speculative=TAU or autoregressive
     #[arg(long, value_name = "POLICY")]
     pub policy: Option<PolicyArg>,
     /// 0 is greedy
@@ -422,6 +422,9 @@ pub struct MeasureArgs {
     /// Confidence thresholds
     #[arg(long, value_delimiter = ',', default_value = "0.95,0.9,0.8,0.7,0.5")]
     pub thresholds: Vec<f32>,
+    /// Probabilities with which drafts must be right (`self_speculative`)
+    #[arg(long, value_delimiter = ',', value_name = "TAU")]
+    pub self_speculative: Vec<f32>,
     /// Let visible tokens of the open block change when another is likelier than this (`joint_edit`)
     #[arg(long, conflicts_with = "write")]
     pub tau_edit: Option<f32>,
@@ -432,7 +435,7 @@ pub struct MeasureArgs {
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,
     /// Also cut the prompts of this many tasks at every character, and count what becomes a running function: decoded
-    /// as the one block size and threshold asked for, else as the model's defaults
+    /// as the one way asked for, else as the model's defaults
     #[arg(long, default_value_t = 0)]
     pub cuts: usize,
     /// Write the cut prompts that did not become running functions, one JSON object per line

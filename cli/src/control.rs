@@ -89,6 +89,9 @@ pub struct SetArgs {
     /// With --block-size: confidence threshold
     #[arg(long, requires = "block_size")]
     pub threshold: Option<f64>,
+    /// With --threshold: masks draft that far ahead and causal rows decide; a draft must be right with that probability
+    #[arg(long, requires = "threshold")]
+    pub self_speculative: bool,
 }
 
 type Client = AdminServiceClient<Channel>;
@@ -166,7 +169,11 @@ pub fn policies(args: &StatusArgs) -> anyhow::Result<ExitCode> {
 /// No controller answers, or it refuses.
 pub fn set(args: &SetArgs) -> anyhow::Result<ExitCode> {
     let kind = match args.block_size {
-        Some(block_size) => Kind::Fixed(FixedSettings { block_size, threshold: args.threshold }),
+        Some(block_size) => Kind::Fixed(FixedSettings {
+            block_size,
+            threshold: args.threshold,
+            self_speculative: args.self_speculative,
+        }),
         None if args.defaults => Kind::ModelDefaults(ModelDefaults {}),
         None => Kind::Automatic(Automatic {
             latency_ms: args.latency_ms,
@@ -264,6 +271,9 @@ fn asked(policy: &PolicyStatus) -> String {
 fn setting(policy: &ModelPolicy) -> String {
     match policy.policy.and_then(|policy| policy.kind) {
         Some(PolicyKind::Threshold(threshold)) => format!("block {}, threshold {}", policy.block_size, threshold.tau),
+        Some(PolicyKind::SelfSpeculative(drafts)) => {
+            format!("self_speculative, block {}, threshold {}", policy.block_size, drafts.tau)
+        }
         _ => "autoregressive".into(),
     }
 }
@@ -292,11 +302,14 @@ fn to_json(status: &GetStatusResponse) -> Value {
 
 fn policy_json(policy: &PolicyStatus) -> Value {
     let current = policy.current.as_ref().map(|current| {
-        let threshold = match current.policy.and_then(|policy| policy.kind) {
-            Some(PolicyKind::Threshold(threshold)) => Some(threshold.tau),
-            _ => None,
+        let (name, threshold) = match current.policy.and_then(|policy| policy.kind) {
+            Some(PolicyKind::Threshold(threshold)) => ("threshold", Some(threshold.tau)),
+            Some(PolicyKind::SelfSpeculative(drafts)) => ("self_speculative", Some(drafts.tau)),
+            _ => ("autoregressive", None),
         };
-        json!({ "revision": current.revision, "block_size": current.block_size, "threshold": threshold })
+        json!({
+            "revision": current.revision, "policy": name, "block_size": current.block_size, "threshold": threshold,
+        })
     });
     json!({
         "model": policy.model, "asked": asked(policy), "current": current, "concurrency": policy.concurrency,

@@ -125,12 +125,15 @@ fn explain(profile: &Profile, load: &Load, choice: &Choice) -> String {
             chosen.prediction.block_ms
         ),
     };
-    text.push_str("\nblock  threshold    pass (at least)    TPF    rows   step ms  block ms  tokens/s\n");
+    text.push_str(
+        "\npolicy            block  threshold    pass (at least)    TPF    rows   step ms  block ms  tokens/s\n",
+    );
     for candidate in by_speed(choice) {
         let prediction = &candidate.prediction;
         let _ = writeln!(
             text,
-            "{:5}  {:>9}  {:>6}   {:>8}  {:5.2}  {:6.1}  {:8.3}  {:8.2}  {:8.0}  {}",
+            "{:16}  {:5}  {:>9}  {:>6}   {:>8}  {:5.2}  {:6.1}  {:8.3}  {:8.2}  {:8.0}  {}",
+            candidate.policy(),
             candidate.block_size,
             candidate.threshold.map_or_else(|| "-".to_owned(), |tau| format!("{tau:.2}")),
             percent(candidate.pass_rate),
@@ -169,6 +172,9 @@ fn by_speed(choice: &Choice) -> Vec<&Candidate> {
 fn name(candidate: &Candidate) -> String {
     match candidate.threshold {
         None => "autoregressive".into(),
+        Some(threshold) if candidate.self_speculative => {
+            format!("self_speculative, block size {}, threshold {threshold}", candidate.block_size)
+        }
         Some(threshold) => format!("block size {}, threshold {threshold}", candidate.block_size),
     }
 }

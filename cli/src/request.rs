@@ -4,7 +4,7 @@ use crate::args::GenerateArgs;
 use std::str::FromStr;
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::policy::{
-    Autoregressive, EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, Threshold,
+    Autoregressive, EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, SelfSpeculative, Threshold,
 };
 use unmask_proto::v1::{ChatMessage, ChatMessages, Decoding, GenerateRequest, Order, Policy};
 
@@ -13,7 +13,7 @@ use unmask_proto::v1::{ChatMessage, ChatMessages, Decoding, GenerateRequest, Ord
 pub struct PolicyArg(pub Policy);
 
 const FORMS: &str = "threshold=TAU, fixed=STEPS, factor=F, entropy=NATS, hierarchical=LOW,HIGH, \
-                     joint-edit=TAU,TAU_EDIT,POST_STEPS, autoregressive";
+                     joint-edit=TAU,TAU_EDIT,POST_STEPS, self-speculative=TAU, autoregressive";
 
 impl FromStr for PolicyArg {
     type Err = String;
@@ -36,6 +36,7 @@ impl FromStr for PolicyArg {
             ("joint-edit", &[tau, tau_edit, post]) => {
                 Kind::JointEdit(JointEdit { tau, tau_edit, max_post_steps: whole(post)? })
             }
+            ("self-speculative", &[tau]) => Kind::SelfSpeculative(SelfSpeculative { tau }),
             ("autoregressive", []) => Kind::Autoregressive(Autoregressive {}),
             _ => return Err(format!("{text:?} is not a policy; known are {FORMS}")),
         };
@@ -83,6 +84,7 @@ mod tests {
         let kind = |text: &str| text.parse::<PolicyArg>().ok().and_then(|p| p.0.kind);
         assert_eq!(kind("threshold=0.9"), Some(Kind::Threshold(Threshold { tau: 0.9 })));
         assert_eq!(kind("hierarchical=0.4,0.9"), Some(Kind::Hierarchical(Hierarchical { low: 0.4, high: 0.9 })));
+        assert_eq!(kind("self-speculative=0.5"), Some(Kind::SelfSpeculative(SelfSpeculative { tau: 0.5 })));
         assert_eq!(kind("autoregressive"), Some(Kind::Autoregressive(Autoregressive {})));
         for bad in ["threshold", "threshold=x", "fixed=1.5", "greedy", "autoregressive=1", "hierarchical=0.4"] {
             assert_eq!(kind(bad), None, "{bad}");

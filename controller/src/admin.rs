@@ -9,7 +9,7 @@ use crate::core::{Event, Readiness, State};
 use std::time::Duration;
 use tonic::{Code, Status};
 use unmask_proto::rich::{self, Violation};
-use unmask_proto::v1::policy::{Autoregressive, Kind as PolicyKind, Threshold};
+use unmask_proto::v1::policy::{Autoregressive, Kind as PolicyKind, SelfSpeculative, Threshold};
 use unmask_proto::v1::policy_intent::{Automatic, FixedSettings, Kind, ModelDefaults};
 use unmask_proto::v1::{
     GetStatusResponse, Member, ModelPolicy, Policy, PolicyIntent, PolicyStatus, SetPolicyRequest, WorkerState,
@@ -68,8 +68,9 @@ pub(crate) fn policies(settings: &Settings) -> Vec<ModelPolicy> {
 }
 
 fn in_force(model: &str, settings: &ModelSettings) -> Option<ModelPolicy> {
-    let Setting { block_size, threshold } = settings.current?;
+    let Setting { block_size, threshold, self_speculative } = settings.current?;
     let kind = match threshold {
+        Some(tau) if self_speculative => PolicyKind::SelfSpeculative(SelfSpeculative { tau: tau as f32 }),
         Some(tau) => PolicyKind::Threshold(Threshold { tau: tau as f32 }),
         None => PolicyKind::Autoregressive(Autoregressive {}),
     };
@@ -80,7 +81,9 @@ fn in_force(model: &str, settings: &ModelSettings) -> Option<ModelPolicy> {
 pub(crate) fn to_message(intent: &Intent) -> PolicyIntent {
     let kind = match intent.clone() {
         Intent::ModelDefaults => Kind::ModelDefaults(ModelDefaults {}),
-        Intent::Fixed(Setting { block_size, threshold }) => Kind::Fixed(FixedSettings { block_size, threshold }),
+        Intent::Fixed(Setting { block_size, threshold, self_speculative }) => {
+            Kind::Fixed(FixedSettings { block_size, threshold, self_speculative })
+        }
         Intent::Automatic { latency_ms, floor, block_sizes } => {
             Kind::Automatic(Automatic { latency_ms, floor, block_sizes })
         }
@@ -112,14 +115,16 @@ pub(crate) fn read_intent(intent: Option<PolicyIntent>, require: &mut impl FnMut
             Intent::ModelDefaults
         }
         Some(Kind::ModelDefaults(_)) => Intent::ModelDefaults,
-        Some(Kind::Fixed(FixedSettings { block_size, threshold })) => {
+        Some(Kind::Fixed(FixedSettings { block_size, threshold, self_speculative })) => {
             let fits = (1..=BLOCK_SIZE_MAX).contains(&block_size);
             require(fits, "intent.fixed.block_size", "must be from 1 to 256");
             let tau = threshold.is_none_or(|tau| tau > 0.0 && tau <= 1.0);
             require(tau, "intent.fixed.threshold", "must be above 0 and at most 1");
             let alone = (block_size == 1) == threshold.is_none();
-            require(alone, "intent.fixed", "autoregressive has block_size 1 and no threshold, blocks have both");
-            Intent::Fixed(Setting { block_size, threshold })
+            require(alone, "intent.fixed", "autoregressive has block_size 1 and no threshold, others have both");
+            let drafts = !self_speculative || threshold.is_some();
+            require(drafts, "intent.fixed.self_speculative", "needs a block size above 1 and a threshold");
+            Intent::Fixed(Setting { block_size, threshold, self_speculative })
         }
         Some(Kind::Automatic(Automatic { latency_ms, floor, block_sizes })) => {
             let latency = latency_ms.is_none_or(|ms| ms > 0.0 && ms <= LATENCY_MS_MAX);
@@ -156,10 +161,12 @@ pub(crate) fn check(state: &State, event: &Event) -> Result<(), Status> {
                 let message = format!("no worker has a model `{model}`; known: {}", known.join(", "));
                 return Err(rich::status(Code::NotFound, "UNKNOWN_MODEL", message));
             };
-            let Intent::Fixed(Setting { block_size, threshold }) = intent else { return Ok(()) };
+            let Intent::Fixed(Setting { block_size, threshold, self_speculative }) = intent else { return Ok(()) };
             let can = found.capabilities.unwrap_or_default();
             let problem = match threshold {
-                None if !can.autoregressive => format!("{model} was not trained to predict the next token"),
+                _ if (threshold.is_none() || *self_speculative) && !can.autoregressive => {
+                    format!("{model} was not trained to predict the next token")
+                }
                 Some(_) if !can.diffusion => format!("{model} decodes one position at a time"),
                 Some(_) if !found.block_sizes.contains(block_size) => {
                     format!("is {block_size}, {model} was trained for {:?}", found.block_sizes)
@@ -186,8 +193,9 @@ mod tests {
     fn intents_are_read_checked_and_written_back() {
         let good = [
             Kind::ModelDefaults(ModelDefaults {}),
-            Kind::Fixed(FixedSettings { block_size: 8, threshold: Some(0.9) }),
-            Kind::Fixed(FixedSettings { block_size: 1, threshold: None }),
+            Kind::Fixed(FixedSettings { block_size: 8, threshold: Some(0.9), self_speculative: false }),
+            Kind::Fixed(FixedSettings { block_size: 8, threshold: Some(0.4), self_speculative: true }),
+            Kind::Fixed(FixedSettings { block_size: 1, threshold: None, self_speculative: false }),
             Kind::Automatic(Automatic { latency_ms: Some(20.0), floor: None, block_sizes: vec![4, 8] }),
         ];
         for kind in good {
@@ -195,8 +203,9 @@ mod tests {
             assert_eq!((model.as_str(), to_message(&intent).kind), ("m", Some(kind)));
         }
         let bad = [
-            (Kind::Fixed(FixedSettings { block_size: 0, threshold: Some(2.0) }), "block_size"),
-            (Kind::Fixed(FixedSettings { block_size: 8, threshold: None }), "intent.fixed"),
+            (Kind::Fixed(FixedSettings { block_size: 0, threshold: Some(2.0), self_speculative: false }), "block_size"),
+            (Kind::Fixed(FixedSettings { block_size: 8, threshold: None, self_speculative: false }), "intent.fixed"),
+            (Kind::Fixed(FixedSettings { block_size: 1, threshold: None, self_speculative: true }), "self_speculative"),
             (Kind::Automatic(Automatic { latency_ms: Some(0.0), floor: Some(2.0), block_sizes: vec![] }), "floor"),
         ];
         for (kind, field) in bad {

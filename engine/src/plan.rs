@@ -30,7 +30,8 @@ pub struct Need {
     pub kept: u32,
     /// Kept rows come in multiples of this, but for the last.
     pub granule: u32,
-    /// Rows of the open block (0 for autoregressive requests, whose last kept row is the one that scores).
+    /// Rows of the open block, or of a draft and its masks (0 for autoregressive requests, whose last kept row is the one
+    /// that scores).
     pub open: u32,
     /// Whether the kept rows are a prompt's, which may be split over steps.
     pub splits: bool,

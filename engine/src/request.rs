@@ -78,7 +78,7 @@ pub struct DraftText {
 pub struct Settings {
     /// Most tokens to generate, at least 1.
     pub max_tokens: u32,
-    /// Positions decoded together; ignored by [`Policy::Autoregressive`].
+    /// Positions decoded together, or drafted ahead; ignored by [`Policy::Autoregressive`].
     pub block_size: u32,
     /// Which positions to fill.
     pub policy: Policy,

@@ -74,7 +74,7 @@ pub(crate) fn validate(request: EditRequest, model: &ModelDescriptor) -> Result<
     let within = (-PRIORITY_MAX..=PRIORITY_MAX).contains(&priority);
     require(within, "priority", format!("must be from -{PRIORITY_MAX} to {PRIORITY_MAX}, is {priority}"));
     let decoding = Decoding {
-        block_size: request.block_size.or_else(|| model.defaults.as_ref().map(|defaults| defaults.block_size)),
+        block_size: request.block_size.or_else(|| own_block_size(model)),
         policy: Some(Policy { kind: Some(Kind::JointEdit(request.policy.unwrap_or_else(|| own_policy(model)))) }),
         temperature: Some(0.0),
         time_limit_ms: request.time_limit_ms,
@@ -91,6 +91,15 @@ pub(crate) fn validate(request: EditRequest, model: &ModelDescriptor) -> Result<
         ResolvedSettings::default()
     });
     if found.is_empty() { Ok(Valid { pieces, settings, priority }) } else { Err(found) }
+}
+
+/// That of the model's defaults; where they decode without blocks the smallest one, in which most is put right.
+fn own_block_size(model: &ModelDescriptor) -> Option<u32> {
+    let defaults = model.defaults.as_ref()?;
+    match defaults.policy.and_then(|policy| policy.kind) {
+        Some(Kind::SelfSpeculative(_) | Kind::Autoregressive(_)) => model.block_sizes.iter().copied().min(),
+        _ => Some(defaults.block_size),
+    }
 }
 
 fn own_policy(model: &ModelDescriptor) -> JointEdit {

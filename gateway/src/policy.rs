@@ -32,6 +32,9 @@ enum Written {
         max_post_steps: u32,
     },
     Autoregressive,
+    SelfSpeculative {
+        tau: f32,
+    },
 }
 
 #[derive(Default, Deserialize)]
@@ -69,6 +72,7 @@ pub fn from_json(value: Value) -> Result<Policy, String> {
             Kind::JointEdit(policy::JointEdit { tau, tau_edit, max_post_steps })
         }
         Written::Autoregressive => Kind::Autoregressive(policy::Autoregressive {}),
+        Written::SelfSpeculative { tau } => Kind::SelfSpeculative(policy::SelfSpeculative { tau }),
     };
     Ok(Policy { kind: Some(kind) })
 }
@@ -94,6 +98,7 @@ pub fn to_json(policy: Policy) -> Value {
             json!({ "joint_edit": { "tau": number(p.tau), "tau_edit": number(p.tau_edit), "max_post_steps": p.max_post_steps } })
         }
         Some(Kind::Autoregressive(_)) => json!("autoregressive"),
+        Some(Kind::SelfSpeculative(p)) => json!({ "self_speculative": { "tau": number(p.tau) } }),
         None => Value::Null,
     }
 }
@@ -119,6 +124,7 @@ mod tests {
             json!({ "hierarchical": { "low": 0.4, "high": 0.9 } }),
             json!({ "joint_edit": { "tau": 0.7, "tau_edit": 0.9, "max_post_steps": 16 } }),
             json!("autoregressive"),
+            json!({ "self_speculative": { "tau": 0.4 } }),
         ];
         for policy in all {
             assert_eq!(to_json(from_json(policy.clone()).unwrap()), policy);

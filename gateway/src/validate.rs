@@ -3,7 +3,9 @@
 use crate::settings;
 use unmask_proto::rich::Violation;
 use unmask_proto::v1::generate_request::Input as RawInput;
-use unmask_proto::v1::policy::{EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, Threshold};
+use unmask_proto::v1::policy::{
+    EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, SelfSpeculative, Threshold,
+};
 use unmask_proto::v1::{
     Capabilities, ChatMessages, Decoding, GenerateRequest, ModelDescriptor, ModelPolicy, Order, ResolvedSettings,
     Resume,
@@ -291,13 +293,21 @@ fn check_settings(
         });
         check_policy(&kind, size, &field("policy"), found);
     }
+    let capped = matches!(kind, Kind::SelfSpeculative(_)) && settings.nfe_cap > 0;
+    found.require(!capped, &field("nfe_cap"), || {
+        "is for other policies: how many passes self_speculative takes depends on where a stream goes on. Limit \
+         max_tokens or time_limit_ms, or name a policy"
+            .into()
+    });
 }
 
 fn check_capability(kind: &Kind, field: &str, model: &ModelDescriptor, capabilities: &Capabilities, found: &mut Found) {
+    let causal = matches!(kind, Kind::Autoregressive(_) | Kind::SelfSpeculative(_));
+    found.require(!causal || capabilities.autoregressive, field, || {
+        format!("{} was not trained to predict the next token: choose a diffusion policy", model.name)
+    });
     match kind {
-        Kind::Autoregressive(_) => found.require(capabilities.autoregressive, field, || {
-            format!("{} was not trained to predict the next token: choose a diffusion policy", model.name)
-        }),
+        Kind::Autoregressive(_) => {}
         _ => found.require(capabilities.diffusion, field, || {
             format!("{} is not a diffusion model: choose autoregressive or leave it out", model.name)
         }),
@@ -339,6 +349,9 @@ fn check_policy(kind: &Kind, block_size: u32, field: &str, found: &mut Found) {
             require((0.0..=1.0).contains(&tau_edit), "joint_edit.tau_edit", must);
             let must = format!("must be at most {POST_STEPS_MAX}, is {max_post_steps}");
             require(max_post_steps <= POST_STEPS_MAX, "joint_edit.max_post_steps", must);
+        }
+        Kind::SelfSpeculative(SelfSpeculative { tau }) => {
+            require(probability(tau), "self_speculative.tau", format!("must be in (0, 1], is {tau}"));
         }
         Kind::Autoregressive(_) => {}
     }

@@ -97,6 +97,7 @@ impl Export<'_> {
     /// The folder's `config.json`: of our own family, or of Qwen3's (which has the same layers) where there are no blocks.
     pub fn config(&self, dtype: WeightType) -> serde_json::Value {
         let Export { shape, vocabulary, decode, .. } = self;
+        let policy = if decode.self_speculative { "self_speculative" } else { "threshold" };
         let mut config = serde_json::json!({
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -130,7 +131,7 @@ impl Export<'_> {
                 "edit": if self.edits { "balanced" } else { "none" },
                 "decode": {
                     "block_size": decode.block_size,
-                    "policy": { "threshold": { "tau": decode.tau } },
+                    "policy": { policy: { "tau": decode.tau } },
                     "max_tokens": decode.max_tokens,
                     "temperature": 0.0
                 }

@@ -207,11 +207,14 @@ pub struct RawDecode {
     pub tau: f64,
     /// Longest answer in tokens.
     pub max_tokens: usize,
+    /// Masks draft so far ahead and causal rows decide: a draft must then be right with probability `tau`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub self_speculative: bool,
 }
 
 impl Default for RawDecode {
     fn default() -> RawDecode {
-        RawDecode { block_size: 16, tau: 0.9, max_tokens: 256 }
+        RawDecode { block_size: 16, tau: 0.9, max_tokens: 256, self_speculative: false }
     }
 }
 

@@ -19,10 +19,21 @@ const Z_95: f64 = 1.96;
 pub struct Point {
     /// Positions decoded together; 1 is autoregressive.
     pub block_size: u32,
-    /// Confidence threshold.
+    /// Confidence threshold; of drafts: how likely they must be right.
     pub threshold: f32,
-    /// Whether, and how, visible tokens change.
-    pub edits: Option<Edits>,
+    /// What the threshold decides.
+    pub rule: Rule,
+}
+
+/// What is done with what a model proposes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rule {
+    /// What reaches the threshold is filled.
+    Threshold,
+    /// And visible tokens change.
+    JointEdit(Edits),
+    /// Masks draft, causal rows decide.
+    SelfSpeculative,
 }
 
 /// How visible tokens of the open block change.
@@ -40,7 +51,22 @@ impl Point {
 
     /// Blocks in which everything above a threshold is filled.
     pub const fn threshold(block_size: u32, threshold: f32) -> Point {
-        Point { block_size, threshold, edits: None }
+        Point { block_size, threshold, rule: Rule::Threshold }
+    }
+
+    /// Drafts `block_size` positions ahead that causal rows decide.
+    pub const fn self_speculative(block_size: u32, threshold: f32) -> Point {
+        Point { block_size, threshold, rule: Rule::SelfSpeculative }
+    }
+
+    /// Its name in reports: that of its policy.
+    pub fn name(self) -> &'static str {
+        match self.rule {
+            _ if self.block_size == 1 => "autoregressive",
+            Rule::Threshold => "threshold",
+            Rule::JointEdit(_) => "joint_edit",
+            Rule::SelfSpeculative => "self_speculative",
+        }
     }
 
     /// The way a model decodes unless told otherwise.
@@ -48,6 +74,7 @@ impl Point {
         let decode = model.config().decode;
         match decode.policy {
             Policy::Threshold { tau, .. } => Point::threshold(decode.block_size, tau),
+            Policy::SelfSpeculative { tau } => Point::self_speculative(decode.block_size, tau),
             _ => Point::AUTOREGRESSIVE,
         }
     }
@@ -58,11 +85,12 @@ impl Point {
             return Policy::Autoregressive;
         }
         let tau = self.threshold;
-        match self.edits {
-            Some(Edits { tau: tau_edit, post_steps: max_post_steps }) => {
+        match self.rule {
+            Rule::JointEdit(Edits { tau: tau_edit, post_steps: max_post_steps }) => {
                 Policy::JointEdit { tau, tau_edit, max_post_steps, at_least: 1 }
             }
-            None => Policy::Threshold { tau, comparison: Comparison::Strict, quota_steps: None },
+            Rule::Threshold => Policy::Threshold { tau, comparison: Comparison::Strict, quota_steps: None },
+            Rule::SelfSpeculative => Policy::SelfSpeculative { tau },
         }
     }
 }
@@ -71,7 +99,7 @@ impl Point {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Row {
-    /// "threshold" or "autoregressive".
+    /// Name of the policy.
     pub policy: String,
     /// Positions decoded together.
     pub block_size: u32,
@@ -90,6 +118,9 @@ pub struct Row {
     pub parse_rate: f64,
     /// Committed tokens per pass.
     pub tpf: f64,
+    /// Rows of a pass, those of prompts left out.
+    #[serde(default)]
+    pub rows: f64,
 }
 
 /// What a model directory says of its quality.
@@ -144,10 +175,20 @@ fn complete(
     prompts: &[String],
     point: Point,
     done: impl FnMut(usize),
-) -> anyhow::Result<Vec<(String, Rollout)>> {
-    let ids: Result<Vec<_>, _> = prompts.iter().map(|text| tokenizer.encode(text, Specials::AsText, false)).collect();
-    let rollouts = roll_out(model, &ids?, point, STREAMS, done)?.rollouts;
-    Ok(rollouts.into_iter().map(|rollout| (tokenizer.decode(&rollout.answer, true), rollout)).collect())
+) -> anyhow::Result<Completed> {
+    let ids: Vec<Vec<u32>> =
+        prompts.iter().map(|text| tokenizer.encode(text, Specials::AsText, false)).collect::<Result<_, _>>()?;
+    let run = roll_out(model, &ids, point, STREAMS, done)?;
+    let rows = run.rows.saturating_sub(ids.iter().map(|ids| ids.len() as u64).sum());
+    let answers = run.rollouts.into_iter().map(|rollout| (tokenizer.decode(&rollout.answer, true), rollout));
+    Ok(Completed { answers: answers.collect(), rows })
+}
+
+struct Completed {
+    /// Text and how it came about, in order of the prompts.
+    answers: Vec<(String, Rollout)>,
+    /// Rows of all passes, those of prompts left out.
+    rows: u64,
 }
 
 /// Measures one way to decode over `tasks`.
@@ -163,7 +204,7 @@ pub fn measure(
 ) -> anyhow::Result<Row> {
     ensure!(!tasks.is_empty(), "there are no tasks to measure on");
     let prompts: Vec<String> = tasks.iter().map(|task| task.prompt.clone()).collect();
-    let answers = complete(model, tokenizer, &prompts, point, done)?;
+    let Completed { answers, rows } = complete(model, tokenizer, &prompts, point, done)?;
     let programs: Vec<Program> = tasks.iter().zip(&answers).map(|(task, (text, _))| Program::of(task, text)).collect();
     let passed = count(&run(&programs, &Limits::default())?);
     let sources = prompts.iter().zip(&answers).map(|(prompt, (text, _))| Program::parsing(&format!("{prompt}{text}")));
@@ -171,12 +212,7 @@ pub fn measure(
     let (tokens, passes) = answers.iter().fold((0, 0), |(t, p), (_, a)| (t + a.answer.len(), p + a.passes));
     let autoregressive = point.block_size == 1;
     Ok(Row {
-        policy: match point {
-            _ if autoregressive => "autoregressive",
-            Point { edits: Some(_), .. } => "joint_edit",
-            _ => "threshold",
-        }
-        .into(),
+        policy: point.name().into(),
         block_size: point.block_size,
         threshold: (!autoregressive).then_some(point.threshold),
         dtype: model.dtype().name().into(),
@@ -185,6 +221,7 @@ pub fn measure(
         pass_rate_low: wilson(passed, tasks.len())[0],
         parse_rate: parsed as f64 / tasks.len() as f64,
         tpf: tokens as f64 / f64::from(passes.max(1)),
+        rows: rows as f64 / f64::from(passes.max(1)),
     })
 }
 
@@ -218,7 +255,7 @@ pub fn cuts(
             ends.map(|end| task.prompt[..end].to_owned()).collect::<Vec<_>>()
         })
         .collect();
-    let answers = complete(model, tokenizer, &prompts, point, done)?;
+    let answers = complete(model, tokenizer, &prompts, point, done)?.answers;
     let programs: Vec<Program> =
         prompts.iter().zip(&answers).map(|(prompt, (text, _))| Program::defining(&format!("{prompt}{text}"))).collect();
     let outcomes = run(&programs, &Limits::default())?;

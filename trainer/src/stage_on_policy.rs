@@ -45,6 +45,10 @@ pub struct RawOnPolicy {
     pub answers: usize,
     /// Steps that learn from these answers.
     pub answer_steps: usize,
+    /// Share of their examples that masks alone must foretell, as drafts of `self_speculative` do; the others are states
+    /// of a random order.
+    #[serde(default)]
+    pub draft_share: f64,
     /// Steps between rollouts.
     pub round_steps: usize,
     /// Prompts per round.
@@ -83,7 +87,11 @@ impl OnPolicyStage {
             .into_iter()
             .filter(|(_, count)| *count == 0)
             .map(|(key, _)| format!("on_policy.{key}: must be at least 1"))
-            .chain([share("cut_share", own.cut_share), share("replay", own.replay)].into_iter().flatten())
+            .chain(
+                [("cut_share", own.cut_share), ("replay", own.replay), ("draft_share", own.draft_share)]
+                    .into_iter()
+                    .filter_map(|(key, value)| share(key, value)),
+            )
             .collect();
         if own.thresholds.is_empty() || own.thresholds.iter().any(|tau| !(*tau > 0.0 && *tau <= 1.0)) {
             problems.push(format!("on_policy.thresholds: at least one, each in (0, 1], not {:?}", own.thresholds));
@@ -192,7 +200,11 @@ impl<'a> Rounds<'a> {
                 while seen < tokens {
                     let answer = &answers[rng.random_range(0..answers.len())];
                     seen += answer.tokens.len();
-                    examples.push(answer.in_random_order(block, vocabulary.end, rng).example(vocabulary.mask, rng));
+                    let path = match rng.random_bool(own.draft_share) {
+                        true => answer.drafted(block, vocabulary.end, rng),
+                        false => answer.in_random_order(block, vocabulary.end, rng),
+                    };
+                    examples.push(path.example(vocabulary.mask, rng));
                 }
                 examples
             })?;
@@ -221,7 +233,9 @@ impl<'a> Rounds<'a> {
     fn initial_pass_rate(&self) -> anyhow::Result<f64> {
         let start = self.config.raw.init.checkpoint.as_ref().context("stage.init.checkpoint: is missing")?;
         let decode = &self.config.raw.decode;
-        let point = Point::threshold(decode.block_size as u32, decode.tau as f32);
+        let (block, tau) = (decode.block_size as u32, decode.tau as f32);
+        let point =
+            if decode.self_speculative { Point::self_speculative(block, tau) } else { Point::threshold(block, tau) };
         Ok(measure::measure(&self.load(start)?, &self.tokenizer, &self.guard, point, |_| {})?.pass_rate)
     }
 

@@ -89,6 +89,19 @@ impl Answer {
     }
 }
 
+impl Answer {
+    /// A path on which whole blocks fall at once, the first of them at a random place of the answer's beginning: what is
+    /// asked of masks that draft (`self_speculative`), which begin where the last draft ended.
+    pub fn drafted(&self, block: usize, end: u32, rng: &mut ChaCha8Rng) -> Trajectory {
+        let first = (self.prompt + rng.random_range(0..block)).min(self.tokens.len() - 1);
+        let mut tokens = self.tokens.clone();
+        let length = tokens.len();
+        tokens.resize(first + (length - first).next_multiple_of(block), end);
+        let reveal = vec![1; tokens.len() - first];
+        Trajectory { tokens, length, block, reveal }
+    }
+}
+
 /// Writes one JSON object per line; the file appears whole or not at all.
 ///
 /// # Errors
@@ -148,6 +161,19 @@ mod tests {
     use rand::SeedableRng;
 
     proptest! {
+        /// Whole blocks are masked, from somewhere in the first block's length of the answer to its end.
+        #[test]
+        fn drafts_are_masks_alone(prompt in 1usize..20, answer in 1usize..20, seed: u64) {
+            let tokens: Vec<u32> = (10..10 + (prompt + answer) as u32).collect();
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let example = Answer { tokens: tokens.clone(), prompt }.drafted(8, 0, &mut rng).example(1, &mut rng);
+            prop_assert!((prompt..prompt + 8).contains(&example.prompt()) && example.prompt() < tokens.len());
+            prop_assert!(example.noisy.iter().all(|token| *token == 1) && example.scored.iter().all(|scored| *scored));
+            prop_assert_eq!(example.noisy.len() % 8, 0);
+            prop_assert_eq!(&example.clean[..tokens.len()], &tokens[..]);
+            prop_assert!(example.clean.len() < tokens.len() + 8);
+        }
+
         #[test]
         fn answers_fall_one_token_per_pass(prompt in 1usize..20, answer in 1usize..20, seed: u64) {
             let tokens: Vec<u32> = (10..10 + (prompt + answer) as u32).collect();

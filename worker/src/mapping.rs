@@ -6,7 +6,9 @@ use unmask_engine::policy::Order;
 use unmask_engine::request::DraftText;
 use unmask_engine::{Manner, Policy, Reason, Refusal, Request, RequestId, Sampling, Settings};
 use unmask_proto::rich::{self, Violation};
-use unmask_proto::v1::policy::{EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, Threshold};
+use unmask_proto::v1::policy::{
+    EntropyBounded, Factor, Fixed, Hierarchical, JointEdit, Kind, SelfSpeculative, Threshold,
+};
 use unmask_proto::v1::{self, FinishReason, RunRequest};
 
 /// When a request refused by a full queue may be tried again.
@@ -83,6 +85,7 @@ fn policy_from(kind: Kind, defaults: &Policy) -> Result<Policy, Violation> {
             Policy::JointEdit { tau, tau_edit, max_post_steps, at_least: 1 }
         }
         Kind::Autoregressive(_) => Policy::Autoregressive,
+        Kind::SelfSpeculative(SelfSpeculative { tau }) => Policy::SelfSpeculative { tau },
     })
 }
 
@@ -112,6 +115,7 @@ pub(crate) fn policy_to(policy: &Policy) -> v1::Policy {
             Kind::JointEdit(JointEdit { tau, tau_edit, max_post_steps })
         }
         Policy::Autoregressive => Kind::Autoregressive(v1::policy::Autoregressive {}),
+        Policy::SelfSpeculative { tau } => Kind::SelfSpeculative(SelfSpeculative { tau }),
     };
     v1::Policy { kind: Some(kind) }
 }
@@ -183,6 +187,7 @@ mod tests {
             Policy::Hierarchical { low: 0.25, high: 0.75 },
             Policy::JointEdit { tau: 0.5, tau_edit: 0.25, max_post_steps: 3, at_least: 1 },
             Policy::Autoregressive,
+            Policy::SelfSpeculative { tau: 0.5 },
         ] {
             let taken = request(message(policy_to(&policy).kind), RequestId(1), &Policy::Autoregressive).unwrap();
             assert_eq!(taken.settings.policy, policy);

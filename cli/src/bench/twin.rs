@@ -53,7 +53,7 @@ pub struct TwinArgs {
     /// Block size; the model's default where absent
     #[arg(long)]
     pub block_size: Option<u32>,
-    /// Confidence threshold; the model's default where absent
+    /// Fill what reaches this confidence (`threshold`) instead of the model's default policy
     #[arg(long)]
     pub threshold: Option<f32>,
     /// Type of the weights
@@ -69,6 +69,7 @@ pub struct TwinArgs {
 struct Compared {
     streams: u16,
     tasks: usize,
+    policy: &'static str,
     block_size: u32,
     threshold: f32,
     /// Tokens per second, diffusion over autoregressive.
@@ -131,8 +132,9 @@ pub fn run(args: &TwinArgs) -> anyhow::Result<ExitCode> {
     let model = load(&args.model)?;
     let baseline = args.twin.as_ref().map_or_else(|| Ok(Arc::clone(&model)), |twin| load(twin))?;
     let default = Point::of(&model);
+    let block_size = args.block_size.unwrap_or(default.block_size);
     let point =
-        Point::threshold(args.block_size.unwrap_or(default.block_size), args.threshold.unwrap_or(default.threshold));
+        args.threshold.map_or(Point { block_size, ..default }, |threshold| Point::threshold(block_size, threshold));
     let tokenizer_of = |name: &str| measure::tokenizer(&models::find(Some(name))?);
     let (tokenizer, twins) = (tokenizer_of(&args.model)?, tokenizer_of(args.twin.as_ref().unwrap_or(&args.model))?);
     let tasks = Tasks::new()?;
@@ -228,6 +230,7 @@ fn compare(
     Compared {
         streams,
         tasks: n,
+        policy: point.name(),
         block_size: point.block_size,
         threshold: point.threshold,
         ratio: ours.tokens_per_s / theirs.tokens_per_s,
@@ -253,8 +256,8 @@ fn step(meter: &Meter, roof: &Roof, model: &Model, rows: u32) -> Step {
 fn table(all: &[Compared]) -> String {
     let mut text = String::new();
     for c in all {
-        let Compared { streams, tasks, block_size, threshold, ratio, pass_ratio, ceiling, .. } = c;
-        text += &format!("{streams} stream(s), {tasks} held-out tasks, block {block_size}, threshold {threshold}\n");
+        let Compared { streams, tasks, policy, block_size, threshold, ratio, pass_ratio, ceiling, .. } = c;
+        text += &format!("{streams} stream(s), {tasks} held-out tasks, {policy}, block {block_size} at {threshold}\n");
         text += "                  tokens/s  passes    TPF   pass rate\n";
         for (name, side) in [("diffusion", &c.diffusion), ("autoregressive", &c.twin)] {
             let [low, high] = side.pass_rate_interval.map(|end| 100.0 * end);

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use unmask_trainer::measure::Point;
+use unmask_trainer::measure::{Point, Rule};
 
 /// What all answers of a file have in common. Others do not go into it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +69,9 @@ pub struct Batch {
     pub block_size: u32,
     /// Confidence threshold.
     pub threshold: f32,
+    /// Masks draft, causal rows decide.
+    #[serde(default)]
+    pub self_speculative: bool,
     /// From the first question to the last answer.
     pub seconds: f64,
     /// In the order of the questions.
@@ -132,7 +135,8 @@ impl Answers {
     /// Batches of a part at a point.
     pub fn of(&self, part: Part, point: Point) -> impl Iterator<Item = &Batch> {
         let matches = move |batch: &&Batch| {
-            batch.part == part && batch.block_size == point.block_size && batch.threshold == point.threshold
+            let same = (batch.block_size, batch.threshold) == (point.block_size, point.threshold);
+            batch.part == part && same && batch.self_speculative == (point.rule == Rule::SelfSpeculative)
         };
         self.batches.iter().filter(matches)
     }
@@ -172,7 +176,7 @@ mod tests {
         let answer = Answer { text: "    return 1".into(), tokens: 3, passes: 2 };
         let batch = |id: &str| {
             let outcomes = vec![Outcome { id: id.into(), answer: answer.clone(), passed: true, parsed: true }];
-            Batch { part: Part::Tasks, block_size: 8, threshold: 0.9, seconds: 0.5, outcomes }
+            Batch { part: Part::Tasks, block_size: 8, threshold: 0.9, self_speculative: false, seconds: 0.5, outcomes }
         };
         let mut answers = Answers::open(path.clone(), &header).unwrap();
         answers.add(batch("a")).unwrap();

@@ -6,9 +6,9 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
-use unmask_proto::v1::policy::{Autoregressive, Kind, Threshold};
+use unmask_proto::v1::policy::{Autoregressive, Kind, SelfSpeculative, Threshold};
 use unmask_proto::v1::{Decoding, GenerateRequest, ListModelsRequest, Model, Policy};
-use unmask_trainer::measure::Point;
+use unmask_trainer::measure::{Point, Rule};
 
 /// What is to be completed.
 pub struct Question {
@@ -67,9 +67,11 @@ impl Asker {
 
     async fn answer(&self, question: Question, point: Point) -> anyhow::Result<Answer> {
         let autoregressive = point.block_size == 1;
-        let kind = match autoregressive {
-            true => Kind::Autoregressive(Autoregressive {}),
-            false => Kind::Threshold(Threshold { tau: point.threshold }),
+        let tau = point.threshold;
+        let kind = match point.rule {
+            _ if autoregressive => Kind::Autoregressive(Autoregressive {}),
+            Rule::SelfSpeculative => Kind::SelfSpeculative(SelfSpeculative { tau }),
+            Rule::Threshold | Rule::JointEdit(_) => Kind::Threshold(Threshold { tau }),
         };
         let decoding = Decoding {
             policy: Some(Policy { kind: Some(kind) }),

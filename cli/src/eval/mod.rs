@@ -32,7 +32,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 use unmask_trainer::data::corpus::{self, Document};
-use unmask_trainer::measure::{self, Point};
+use unmask_trainer::measure::{self, Point, Rule};
 use unmask_trainer::tasks::Task;
 
 /// Questions between two lines of the file of answers.
@@ -70,6 +70,9 @@ pub struct EvalArgs {
     /// Confidence thresholds
     #[arg(long, value_delimiter = ',', default_value = "0.95,0.9", value_parser = threshold)]
     pub thresholds: Vec<f32>,
+    /// Probabilities with which drafts must be right (`self_speculative`), for models that are their own baseline
+    #[arg(long, value_delimiter = ',', value_name = "TAU", value_parser = threshold)]
+    pub self_speculative: Vec<f32>,
     /// Requests at once
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub streams: u16,
@@ -243,7 +246,10 @@ fn points(args: &EvalArgs, trained: &[u32], autoregressive: bool) -> Vec<Point> 
     sizes.dedup();
     let at = |&size: &u32| match size {
         1 => vec![Point::AUTOREGRESSIVE],
-        _ => args.thresholds.iter().map(|&tau| Point::threshold(size, tau)).collect(),
+        _ => {
+            let filled = args.thresholds.iter().map(|&tau| Point::threshold(size, tau));
+            filled.chain(args.self_speculative.iter().map(|&tau| Point::self_speculative(size, tau))).collect()
+        }
     };
     sizes.iter().flat_map(at).collect()
 }
@@ -256,7 +262,7 @@ async fn answer(asker: &Asker, answers: &mut Answers, part: Part, cases: &[Case]
     bar.set_style(ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}")?);
     bar.set_message(match point.block_size {
         1 => format!("{part:?}: autoregressive"),
-        size => format!("{part:?}: block {size}, threshold {}", point.threshold),
+        size => format!("{part:?}: {}, block {size}, threshold {}", point.name(), point.threshold),
     });
     for cases in open.chunks(BATCH) {
         let questions: Vec<Question> = cases.iter().map(Case::question).collect();
@@ -266,8 +272,9 @@ async fn answer(asker: &Asker, answers: &mut Answers, part: Part, cases: &[Case]
         let cases = cases.to_vec();
         bar.inc(cases.len() as u64);
         let outcomes = tokio::task::spawn_blocking(move || questions::judge(&cases, said)).await??;
-        let Point { block_size, threshold, .. } = point;
-        answers.add(Batch { part, block_size, threshold, seconds, outcomes })?;
+        let Point { block_size, threshold, rule } = point;
+        let self_speculative = rule == Rule::SelfSpeculative;
+        answers.add(Batch { part, block_size, threshold, self_speculative, seconds, outcomes })?;
     }
     bar.finish_and_clear();
     Ok(())
@@ -299,13 +306,13 @@ fn table(part: Part, rows: &[Row]) -> String {
         Part::Code => "first lines of real functions (right: it parses)",
     };
     let mut text = format!("{what}, {} each\n", first.n);
-    text += "policy          block  threshold   right  (95%)           parses  repeats    TPF  tokens/s\n";
+    text += "policy            block  threshold   right  (95%)           parses  repeats    TPF  tokens/s\n";
     for row in rows {
         let tau = row.threshold.map_or_else(|| "-".into(), |tau| format!("{tau:.2}"));
         let [low, high] = row.pass_rate_interval.map(|end| 100.0 * end);
         let [right, parses, repeats] = [row.pass_rate, row.parse_rate, row.repetition_rate].map(|share| 100.0 * share);
         text += &format!(
-            "{:15} {:5} {tau:>10}  {right:5.1}%  ({low:5.1} to {high:5.1})  {parses:5.1}%   {repeats:5.1}%  {:5.2}  {:8.0}\n",
+            "{:17} {:5} {tau:>10}  {right:5.1}%  ({low:5.1} to {high:5.1})  {parses:5.1}%   {repeats:5.1}%  {:5.2}  {:8.0}\n",
             row.policy, row.block_size, row.tpf, row.tokens_per_s
         );
     }

@@ -10,7 +10,7 @@ const REPEATED_LINES: usize = 3;
 /// All answers of one part at one point.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
-    /// "autoregressive" or "threshold".
+    /// Name of the policy.
     pub policy: &'static str,
     /// Positions decoded together.
     pub block_size: u32,
@@ -51,7 +51,7 @@ pub fn row<'a>(point: Point, batches: impl Iterator<Item = &'a Batch>) -> Option
     let share = |count: usize| count as f64 / n as f64;
     let autoregressive = point.block_size == 1;
     (n > 0).then(|| Row {
-        policy: if autoregressive { "autoregressive" } else { "threshold" },
+        policy: point.name(),
         block_size: point.block_size,
         threshold: (!autoregressive).then_some(point.threshold),
         n,
@@ -85,7 +85,14 @@ mod tests {
             passed,
             parsed: true,
         };
-        let batch = |outcomes| Batch { part: Part::Tasks, block_size: 8, threshold: 0.9, seconds: 2.0, outcomes };
+        let batch = |outcomes| Batch {
+            part: Part::Tasks,
+            block_size: 8,
+            threshold: 0.9,
+            self_speculative: false,
+            seconds: 2.0,
+            outcomes,
+        };
         let point = Point::threshold(8, 0.9);
         let batches = [batch(vec![outcome("a\na\na", 6, true)]), batch(vec![outcome("a\nb\na\na", 4, false)])];
         let row = row(point, batches.iter()).unwrap();

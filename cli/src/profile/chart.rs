@@ -78,7 +78,7 @@ fn tokens_per_second(svg: &mut Svg, throughput: &Throughput) {
         let points: Vec<_> = curve.spots.iter().map(|spot| at(spot.block_size, spot.tokens_per_s)).collect();
         svg.line(&points, colour(i), 2.0);
         for (spot, &point) in curve.spots.iter().zip(&points) {
-            if curve.chosen == Some((spot.block_size, spot.threshold)) {
+            if curve.chosen == Some(spot.way()) {
                 svg.circle(point, 8.0, "none", colour(i));
             }
             svg.circle(point, 4.0, if spot.good { colour(i) } else { "#fff" }, colour(i));

@@ -139,7 +139,7 @@ fn predictions(text: &mut String, throughput: &Throughput) {
         for curve in curves {
             let spot = &curve.spots[line];
             let mark = match spot {
-                spot if curve.chosen == Some((spot.block_size, spot.threshold)) => '>',
+                spot if curve.chosen == Some(spot.way()) => '>',
                 spot if !spot.good => '-',
                 _ => ' ',
             };

@@ -23,8 +23,8 @@ pub struct Throughput {
 pub struct Curve {
     /// Requests at a time.
     pub concurrency: u32,
-    /// Block size and threshold that the policy chooses.
-    pub chosen: Option<(u32, Option<f64>)>,
+    /// Block size, threshold and whether masks only draft, as the policy chooses.
+    pub chosen: Option<(u32, Option<f64>, bool)>,
     /// By block size.
     pub spots: Vec<Spot>,
 }
@@ -36,10 +36,19 @@ pub struct Spot {
     pub block_size: u32,
     /// Confidence threshold; `None` is autoregressive.
     pub threshold: Option<f64>,
+    /// Masks draft, causal rows decide.
+    pub self_speculative: bool,
     /// Committed per second by all requests.
     pub tokens_per_s: f64,
     /// Whether the pass rate reaches the floor.
     pub good: bool,
+}
+
+impl Spot {
+    /// What tells it from others, as in [`Curve::chosen`].
+    pub fn way(&self) -> (u32, Option<f64>, bool) {
+        (self.block_size, self.threshold, self.self_speculative)
+    }
 }
 
 impl Throughput {
@@ -52,7 +61,7 @@ impl Throughput {
                 quality,
                 &Load { concurrency, context, latency_ms: None, floor, block_sizes: Vec::new() },
             );
-            let chosen = choice.chosen().map(|chosen| (chosen.block_size, chosen.threshold));
+            let chosen = choice.chosen().map(|chosen| (chosen.block_size, chosen.threshold, chosen.self_speculative));
             Curve { concurrency, chosen, spots: spots(&choice) }
         };
         let curves: Vec<Curve> = CONCURRENCY.into_iter().map(curve).collect();
@@ -71,6 +80,7 @@ fn spots(choice: &Choice) -> Vec<Spot> {
     let spot = |candidate: &Candidate| Spot {
         block_size: candidate.block_size,
         threshold: candidate.threshold,
+        self_speculative: candidate.self_speculative,
         tokens_per_s: candidate.prediction.tokens_per_s,
         good: is_good(candidate),
     };

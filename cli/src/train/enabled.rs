@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use unmask_engine::Model;
 use unmask_text::Tokenizer;
-use unmask_trainer::measure::{Cuts, Edits, Point, Quality, Row, cuts, measure, read_tasks, tokenizer};
+use unmask_trainer::measure::{Cuts, Edits, Point, Quality, Row, Rule, cuts, measure, read_tasks, tokenizer};
 use unmask_trainer::tasks::{Part, Task};
 use unmask_trainer::{Summary, recipe};
 
@@ -74,10 +74,10 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
     let model = load(&args.model, args.dtype, &OverrideArgs::default())?;
     let tokenizer = tokenizer(&dir)?;
     let mut rows: Vec<Row> = Vec::new();
-    output::out("policy          block  threshold      n   pass   (low)  parse    TPF\n")?;
+    output::out("policy            block  threshold      n   pass   (low)  parse    TPF  rows\n")?;
     for point in points(args) {
         let bar = ProgressBar::new(tasks.len() as u64).with_style(style()?);
-        bar.set_message(format!("block {} threshold {}", point.block_size, point.threshold));
+        bar.set_message(format!("{} block {} at {}", point.name(), point.block_size, point.threshold));
         let row = measure(&model, &tokenizer, &tasks, point, |done| bar.set_position(done as u64))?;
         bar.finish_and_clear();
         output::out(&line(&row))?;
@@ -95,16 +95,17 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
 }
 
 fn measure_cuts(args: &MeasureArgs, model: &Arc<Model>, tokenizer: &Tokenizer, tasks: &[Task]) -> anyhow::Result<Cuts> {
-    let point = match (&args.block_sizes[..], &args.thresholds[..]) {
-        ([1], _) => Point::AUTOREGRESSIVE,
-        (&[block_size], &[threshold]) => Point::threshold(block_size, threshold),
+    let point = match points(args)[..] {
+        [point] => point,
         _ => Point::of(model),
     };
     let all = cuts(model, tokenizer, &tasks[..args.cuts.min(tasks.len())], point, |_| {})?;
     let (n, running) = (all.len(), all.iter().filter(|cut| cut.running).count());
     output::out(&format!(
-        "cut prompts (block {}, threshold {}): {running} of {n} become running functions\n",
-        point.block_size, point.threshold
+        "cut prompts ({}, block {}, threshold {}): {running} of {n} become running functions\n",
+        point.name(),
+        point.block_size,
+        point.threshold
     ))?;
     if let Some(path) = &args.failures {
         let lines: Vec<String> =
@@ -114,15 +115,17 @@ fn measure_cuts(args: &MeasureArgs, model: &Arc<Model>, tokenizer: &Tokenizer, t
     Ok(Cuts { n, running })
 }
 
-/// The baseline once, every other block size at every threshold.
+/// The baseline once, every other block size at every threshold, and drafting so far ahead.
 fn points(args: &MeasureArgs) -> Vec<Point> {
     let mut points = Vec::new();
     for &block_size in &args.block_sizes {
         if block_size == 1 {
             points.push(Point::AUTOREGRESSIVE);
         } else {
-            let edits = args.tau_edit.map(|tau| Edits { tau, post_steps: args.post_steps });
-            points.extend(args.thresholds.iter().map(|&threshold| Point { block_size, threshold, edits }));
+            let edits = |tau| Rule::JointEdit(Edits { tau, post_steps: args.post_steps });
+            let rule = args.tau_edit.map_or(Rule::Threshold, edits);
+            points.extend(args.thresholds.iter().map(|&threshold| Point { block_size, threshold, rule }));
+            points.extend(args.self_speculative.iter().map(|&tau| Point::self_speculative(block_size, tau)));
         }
     }
     points
@@ -131,14 +134,15 @@ fn points(args: &MeasureArgs) -> Vec<Point> {
 fn line(row: &Row) -> String {
     let threshold = row.threshold.map_or_else(|| "-".to_owned(), |tau| format!("{tau:.2}"));
     format!(
-        "{:15} {:5} {threshold:>10} {:6}  {:5.1}%  {:5.1}%  {:5.1}%  {:5.2}\n",
+        "{:17} {:5} {threshold:>10} {:6}  {:5.1}%  {:5.1}%  {:5.1}%  {:5.2}  {:4.1}\n",
         row.policy,
         row.block_size,
         row.n,
         100.0 * row.pass_rate,
         100.0 * row.pass_rate_low,
         100.0 * row.parse_rate,
-        row.tpf
+        row.tpf,
+        row.rows
     )
 }
 

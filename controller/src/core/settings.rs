@@ -25,6 +25,17 @@ pub struct Setting {
     pub block_size: u32,
     /// Confidence threshold; `None` is autoregressive.
     pub threshold: Option<f64>,
+    /// Masks draft `block_size` positions ahead and causal rows decide; `threshold` is then how likely a draft must be right.
+    #[serde(default)]
+    pub self_speculative: bool,
+}
+
+impl Setting {
+    /// That of a measured candidate.
+    fn of(candidate: &Candidate) -> Setting {
+        let &Candidate { block_size, threshold, self_speculative, .. } = candidate;
+        Setting { block_size, threshold, self_speculative }
+    }
 }
 
 /// What was asked for.
@@ -133,11 +144,9 @@ impl ModelSettings {
             self.why = "nothing measured is good and quick enough".into();
             return self.adopt(model, None);
         };
-        let setting =
-            |candidate: &Candidate| Setting { block_size: candidate.block_size, threshold: candidate.threshold };
         let rate = |candidate: &Candidate| candidate.prediction.tokens_per_s;
         let eligible = |verdict: &Verdict| matches!(verdict, Verdict::Chosen | Verdict::FewerTokens { .. });
-        let current = choice.candidates.iter().find(|candidate| Some(setting(candidate)) == self.current);
+        let current = choice.candidates.iter().find(|candidate| Some(Setting::of(candidate)) == self.current);
         let why =
             |promised: f64| format!("{promised:.0} tokens/s at {concurrency} at a time, the most of what was measured");
         match current.filter(|current| eligible(&current.verdict)) {
@@ -146,18 +155,18 @@ impl ModelSettings {
                 None
             }
             Some(_) => {
-                let before = self.contender.filter(|(contender, _)| *contender == setting(best));
+                let before = self.contender.filter(|(contender, _)| *contender == Setting::of(best));
                 let ticks = before.map_or(0, |(_, ticks)| ticks) + 1;
                 if ticks < STEADY_TICKS {
-                    self.contender = Some((setting(best), ticks));
+                    self.contender = Some((Setting::of(best), ticks));
                     return None;
                 }
                 self.why = why(rate(best));
-                self.adopt(model, Some(setting(best)))
+                self.adopt(model, Some(Setting::of(best)))
             }
             None => {
                 self.why = why(rate(best));
-                self.adopt(model, Some(setting(best)))
+                self.adopt(model, Some(Setting::of(best)))
             }
         }
     }
@@ -231,8 +240,8 @@ mod tests {
     }
 
     const AUTOMATIC: Intent = Intent::Automatic { latency_ms: None, floor: None, block_sizes: Vec::new() };
-    const BLOCKS: Setting = Setting { block_size: 8, threshold: Some(0.9) };
-    const ONE_BY_ONE: Setting = Setting { block_size: 1, threshold: None };
+    const BLOCKS: Setting = Setting { block_size: 8, threshold: Some(0.9), self_speculative: false };
+    const ONE_BY_ONE: Setting = Setting { block_size: 1, threshold: None, self_speculative: false };
 
     #[test]
     fn the_choice_follows_the_load_and_does_not_swing() {

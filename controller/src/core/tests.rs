@@ -181,14 +181,14 @@ fn loads_are_published_with_ticks_only() {
 fn settings_are_stored_published_and_drains_told() {
     let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     join(&mut state, 1, "a", at(0));
-    let intent = Intent::Fixed(Setting { block_size: 8, threshold: Some(0.9) });
+    let intent = Intent::Fixed(Setting { block_size: 8, threshold: Some(0.9), self_speculative: false });
     let actions = decide(&mut state, Event::SetPolicy("m".into(), intent.clone()), at(0));
     assert!(actions.contains(&Action::Persist(Fact::Settings { model: "m".into(), intent, revision: 1 })));
     let published = |actions: &[Action]| match actions.last() {
         Some(Action::PublishRoutes { settings, .. }) => settings["m"].current,
         _ => panic!("{actions:?}"),
     };
-    assert_eq!(published(&actions), Some(Setting { block_size: 8, threshold: Some(0.9) }));
+    assert_eq!(published(&actions), Some(Setting { block_size: 8, threshold: Some(0.9), self_speculative: false }));
     let actions = decide(&mut state, Event::SetPolicy("m".into(), Intent::ModelDefaults), at(0));
     assert_eq!(published(&actions), None);
     // Nothing new goes there from then on.

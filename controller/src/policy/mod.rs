@@ -44,7 +44,7 @@ pub struct Prediction {
     pub rows: f64,
     /// Time of a step (milliseconds).
     pub step_ms: f64,
-    /// Time from one committed block of a request to the next (milliseconds).
+    /// Time from one commit of a request, a block's or a checked draft's, to the next (milliseconds).
     pub block_ms: f64,
     /// Tokens committed per second, all requests together.
     pub tokens_per_s: f64,
@@ -58,7 +58,7 @@ pub fn predict(profile: &Profile, row: &Row, concurrency: u32, context: u32) -> 
     Prediction {
         rows,
         step_ms,
-        block_ms: row.passes_per_block() * step_ms,
+        block_ms: row.passes_per_commit() * step_ms,
         tokens_per_s: requests * row.tpf / step_ms * 1e3,
     }
 }
@@ -97,6 +97,8 @@ pub struct Candidate {
     pub block_size: u32,
     /// Confidence threshold; `None` is autoregressive.
     pub threshold: Option<f64>,
+    /// Masks draft and causal rows decide.
+    pub self_speculative: bool,
     /// Tokens committed per forward pass.
     pub tpf: f64,
     /// Share of tasks that passed.
@@ -107,6 +109,17 @@ pub struct Candidate {
     pub prediction: Prediction,
     /// Why it won or lost.
     pub verdict: Verdict,
+}
+
+impl Candidate {
+    /// Name of its policy.
+    pub fn policy(&self) -> &'static str {
+        match self.threshold {
+            None => "autoregressive",
+            Some(_) if self.self_speculative => "self_speculative",
+            Some(_) => "threshold",
+        }
+    }
 }
 
 /// What was chosen, and what else there was.
@@ -157,6 +170,7 @@ fn candidate(profile: &Profile, row: &Row, load: &Load) -> Candidate {
     Candidate {
         block_size: row.block_size,
         threshold: row.threshold,
+        self_speculative: row.self_speculative,
         tpf: row.tpf,
         pass_rate: row.pass_rate(),
         pass_rate_low,

@@ -28,6 +28,7 @@ struct RawRow {
     n: u32,
     pass_rate: f64,
     tpf: f64,
+    rows: Option<f64>,
 }
 
 /// Measured ways to decode.
@@ -44,6 +45,8 @@ pub struct Row {
     pub block_size: u32,
     /// Confidence threshold; `None` is autoregressive.
     pub threshold: Option<f64>,
+    /// Masks draft and causal rows decide.
+    pub self_speculative: bool,
     /// Type of the weights it was measured with.
     pub dtype: String,
     /// Tasks.
@@ -52,6 +55,8 @@ pub struct Row {
     pub passes: u32,
     /// Tokens committed per forward pass.
     pub tpf: f64,
+    /// Rows of a pass, where they were counted.
+    pub rows: Option<f64>,
 }
 
 impl Row {
@@ -69,18 +74,20 @@ impl Row {
         f64::from(self.passes) / f64::from(self.n)
     }
 
-    /// Rows one request has in a step, on average: its block, and once in the `block_size / tpf` passes of a block the
-    /// rows of the block before, whose keys are stored. Autoregressive is exactly one row.
+    /// Rows one request has in a step, on average, where they were not counted: its block, and once in the
+    /// `block_size / tpf` passes of a block the rows of the block before, whose keys are stored; the masks of a draft, and
+    /// the draft of about `tpf` tokens that is checked. Autoregressive is exactly one row.
     pub fn rows_per_step(&self) -> f64 {
-        match self.threshold {
+        self.rows.unwrap_or(match self.threshold {
             None => 1.0,
             Some(_) => f64::from(self.block_size) + self.tpf,
-        }
+        })
     }
 
-    /// Passes from one committed block to the next.
-    pub fn passes_per_block(&self) -> f64 {
-        f64::from(self.block_size) / self.tpf
+    /// Passes from one commit to the next: a block's, or one where causal rows decide.
+    pub fn passes_per_commit(&self) -> f64 {
+        let commit = if self.self_speculative { self.tpf } else { f64::from(self.block_size) };
+        commit / self.tpf
     }
 }
 
@@ -119,14 +126,17 @@ impl RawRow {
     fn problem(&self) -> Option<String> {
         let alone = match self.policy.as_str() {
             "autoregressive" => true,
-            "threshold" => false,
+            "threshold" | "self_speculative" => false,
             other => return Some(format!("policy: {other:?} is not known")),
         };
         if alone != (self.block_size == 1) || alone != self.threshold.is_none() {
-            return Some("autoregressive has block_size 1 and no threshold, threshold has both".into());
+            return Some("autoregressive has block_size 1 and no threshold, others have both".into());
         }
         let counts = self.block_size > 0 && self.n > 0 && (0.0..=1.0).contains(&self.pass_rate);
         let speed = self.tpf > 0.0 && self.tpf <= f64::from(self.block_size);
+        if self.rows.is_some_and(|rows| !(rows > 0.0 && rows.is_finite())) {
+            return Some("rows: must be positive".into());
+        }
         if !(counts && speed) {
             return Some("block_size, n and tpf must be positive, pass_rate at most 1, tpf at most block_size".into());
         }
@@ -137,10 +147,12 @@ impl RawRow {
         Row {
             block_size: self.block_size,
             threshold: self.threshold,
+            self_speculative: self.policy == "self_speculative",
             dtype: self.dtype,
             n: self.n,
             passes: (self.pass_rate * f64::from(self.n)).round() as u32,
             tpf: self.tpf,
+            rows: self.rows,
         }
     }
 }

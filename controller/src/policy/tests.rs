@@ -16,7 +16,7 @@ fn profile(base: f64, knee: u32) -> Profile {
 }
 
 fn row(block_size: u32, threshold: Option<f64>, passes: u32, tpf: f64) -> Row {
-    Row { block_size, threshold, dtype: "bf16".into(), n: 500, passes, tpf }
+    Row { block_size, threshold, self_speculative: false, dtype: "bf16".into(), n: 500, passes, tpf, rows: None }
 }
 
 fn quality() -> Quality {
@@ -76,7 +76,7 @@ fn rows_of_other_weights_are_not_taken() {
 fn stored_rows_ride_along_once_per_block() {
     let (alone, block) = (row(1, None, 1, 0.97), row(16, Some(0.9), 1, 4.0));
     assert_eq!((alone.rows_per_step(), block.rows_per_step()), (1.0, 20.0));
-    assert_eq!(block.passes_per_block(), 4.0);
+    assert_eq!(block.passes_per_commit(), 4.0);
 }
 
 #[test]
@@ -101,6 +101,12 @@ fn a_quality_file_is_read_and_refused_with_all_its_problems() {
     let file = |rows: serde_json::Value| json!({ "format": quality::FORMAT, "command": "c", "rows": rows }).to_string();
     let read = Quality::parse(&file(json!([good]))).unwrap();
     assert_eq!((read.rows[0].passes, read.rows[0].threshold), (478, Some(0.9)));
+    let mut drafts = good.clone();
+    (drafts["policy"], drafts["rows"]) = ("self_speculative".into(), 9.5.into());
+    let read = Quality::parse(&file(json!([good, drafts]))).unwrap();
+    assert_eq!(read.rows[0].rows_per_step(), 4.0 + 1.89);
+    assert!(!read.rows[0].self_speculative && read.rows[1].self_speculative);
+    assert_eq!((read.rows[1].rows_per_step(), read.rows[1].passes_per_commit()), (9.5, 1.0));
     let (mut unknown, mut alone) = (good.clone(), good.clone());
     unknown["policy"] = "guess".into();
     alone["block_size"] = 1.into();
@@ -123,10 +129,12 @@ prop_compose! {
         Row {
             block_size,
             threshold: (!alone).then_some(threshold),
+            self_speculative: !alone && n % 2 == 0,
             dtype: "bf16".into(),
             n,
             passes: (f64::from(n) * share).round() as u32,
             tpf: if alone { 1.0 } else { 1.0 + speed * f64::from(block_size - 1) },
+            rows: None,
         }
     }
 }

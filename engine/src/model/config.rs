@@ -197,6 +197,11 @@ impl ModelConfig {
         self.kept_reach == Reach::Causal
     }
 
+    /// Whether masks can draft what causal rows then decide.
+    pub fn can_speculate(&self) -> bool {
+        self.can_autoregress() && self.can_diffuse() && self.open_reach == Reach::Block && !self.shift
+    }
+
     /// Whether block diffusion policies are sound.
     pub fn can_diffuse(&self) -> bool {
         self.family.diffuses() && self.mask_id.is_some()

@@ -95,7 +95,7 @@ pub fn decide(policy: &Policy, view: &View<'_>, out: &mut Vec<Change>) {
             });
             fill(view, edits, out);
         }
-        Policy::Autoregressive => fill(view, masked.take(1), out),
+        Policy::Autoregressive | Policy::SelfSpeculative { .. } => fill(view, masked.take(1), out),
     }
     out.sort_by_key(|change| change.index);
 }

@@ -4,6 +4,7 @@
 //! authors of model families do differently is data of the policy ([`Quota`], [`Comparison`], [`Bound`]).
 
 mod decide;
+pub mod speculate;
 
 pub use decide::{Candidate, Change, View, decide};
 
@@ -94,6 +95,18 @@ pub enum Policy {
     },
     /// A block of one with causal reach and shifted rows.
     Autoregressive,
+    /// Masks draft, causal rows decide: exactly the tokens of [`Policy::Autoregressive`], several per pass
+    /// ([`speculate`]). One pass checks a draft and drafts what follows it, block size positions ahead (self-speculation:
+    /// arXiv 2510.04147, 2511.08923).
+    SelfSpeculative {
+        /// In (0, 1]: so much of a draft is checked as is right as a whole with at least this probability.
+        #[serde(default = "default_draft_tau")]
+        tau: f32,
+    },
+}
+
+fn default_draft_tau() -> f32 {
+    0.4
 }
 
 fn default_post_steps() -> u32 {
@@ -223,9 +236,18 @@ impl Policy {
                     format!("must be at most {POST_STEPS_MAX}, is {max_post_steps}"),
                 );
             }
+            Policy::SelfSpeculative { tau } => {
+                require(probability(tau), "policy.self_speculative.tau", format!("must be in (0, 1], is {tau}"));
+                require(block_size > 1, "block_size", "must be above 1: one position drafts nothing".into());
+            }
             Policy::Autoregressive => {}
         }
         found
+    }
+
+    /// Whether causal rows say each token, by those before it: there are no blocks to finish.
+    pub fn is_causal(&self) -> bool {
+        matches!(self, Policy::Autoregressive | Policy::SelfSpeculative { .. })
     }
 
     /// Whether filled positions may change, so that their rows need the head too.

@@ -79,13 +79,28 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         "top_p",
         format!("must be in (0, 1], is {}", sampling.top_p),
     );
-    if settings.policy == Policy::Autoregressive {
+    if settings.policy.is_causal() {
         require(
             config.can_autoregress(),
             "policy",
             format!("{} was not trained to predict the next token: choose a block diffusion policy", config.name),
         );
-        return;
+    }
+    match settings.policy {
+        Policy::Autoregressive => return,
+        Policy::SelfSpeculative { .. } => {
+            require(
+                config.can_speculate(),
+                "policy",
+                format!("{} has no masked rows to draft by: self_speculative is not available", config.name),
+            );
+            require(
+                settings.nfe_cap == 0,
+                "nfe_cap",
+                "must be 0: how many passes the same tokens take depends on where they are continued".into(),
+            );
+        }
+        _ => {}
     }
     require(
         config.can_diffuse(),
@@ -184,7 +199,15 @@ pub(super) fn ends(request: &Request, config: &ModelConfig) -> Ends {
 
 /// Rows decoded together.
 pub(super) fn block_size(request: &Request) -> u32 {
-    if request.settings.policy == Policy::Autoregressive { 1 } else { request.settings.block_size }
+    if request.settings.policy.is_causal() { 1 } else { request.settings.block_size }
+}
+
+/// Masks that draft what follows.
+pub(super) fn drafted(request: &Request) -> u32 {
+    match request.settings.policy {
+        Policy::SelfSpeculative { .. } => request.settings.block_size,
+        _ => 0,
+    }
 }
 
 /// Positions that may fall together.
@@ -200,7 +223,7 @@ pub(super) fn sub_block(request: &Request, config: &ModelConfig) -> u32 {
 
 /// Where the first block begins: families that read everything at once count blocks from the end of the prompt.
 pub(super) fn origin(request: &Request, config: &ModelConfig) -> u32 {
-    let from_prompt = config.open_reach == Reach::Bidirectional && request.settings.policy != Policy::Autoregressive;
+    let from_prompt = config.open_reach == Reach::Bidirectional && !request.settings.policy.is_causal();
     if from_prompt { request.prompt.len() as u32 } else { 0 }
 }
 

@@ -19,7 +19,7 @@ impl Life {
         }
         self.published = self.pages.len();
         let next = (self.published * PAGE_SLOTS) as u32;
-        let nothing_left = self.whole() || !self.autoregressive() && next == self.block_start() && !self.stores_first();
+        let nothing_left = self.whole() || !self.causal() && next == self.block_start() && !self.stores_first();
         self.state = if nothing_left {
             State::Denoise { block: self.open_block(), store: None }
         } else {
@@ -48,8 +48,8 @@ impl Life {
     /// One past the last position that the next passes write, up to the end of the open block.
     fn rows_end(&self) -> u32 {
         let len = self.tokens.len() as u32;
-        if self.autoregressive() {
-            len
+        if self.causal() {
+            len + self.rows_ahead()
         } else if self.whole() {
             self.canvas_end
         } else {
@@ -60,7 +60,7 @@ impl Life {
     /// Holds the pages of the longest prefix that somebody has computed. What the first block opens with, or the row
     /// that scores the first token, is left to be run.
     fn find_prefix(&mut self, pages: &mut Pages) {
-        let scores = self.autoregressive() || self.stores_first();
+        let scores = self.causal() || self.stores_first();
         let most = if scores { self.tokens.len() as u32 - 1 } else { self.block_start() };
         for index in 0..self.chain.whole_pages(most) {
             let key = self.chain.key(index, &self.tokens);

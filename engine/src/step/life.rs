@@ -5,9 +5,9 @@ use crate::block::{OpenBlock, Progress};
 use crate::draw::{Purpose, key};
 use crate::model::{Model, Reach};
 use crate::plan::Grant;
-use crate::policy::{Candidate, Change, Policy, View, decide};
+use crate::policy::{Candidate, Change, View, decide};
 use crate::prefix::Chain;
-use crate::request::{BlockTrace, Cache, Ends, Event, Fill, Reason, Request};
+use crate::request::{Cache, Ends, Event, Reason, Request};
 use std::cmp::Reverse;
 use std::ops::Range;
 
@@ -23,7 +23,7 @@ pub(super) enum State {
     /// Of shifted families: kept rows from `next` on are computed by themselves, since the last of them scores the
     /// first position of the block that opens then.
     Store { next: u32 },
-    /// Autoregressive: rows from `next` on are to be computed, the last one scores the next position.
+    /// Causal rows decide: those from `next` on are to be computed, the last one scores the next position.
     Decode { next: u32 },
     /// Over; rows before `kept` were kept.
     Finished { kept: u32 },
@@ -45,6 +45,10 @@ pub(super) struct Life {
     pub(super) arrival: u64,
     /// Prompt and everything committed.
     pub(super) tokens: Vec<u32>,
+    /// What masks propose to follow, to be checked by causal rows. Kept when pages are given up: passes are the same then.
+    pub(super) draft: Vec<u32>,
+    /// Masks that draft what follows; 0 where nothing is drafted.
+    pub(super) drafted: u32,
     /// Names of its pages.
     pub(super) chain: Chain,
     /// Leading pages that others may find.
@@ -87,7 +91,7 @@ impl Life {
     pub(super) fn new(request: Request, arrival: u64, model: &Model) -> Self {
         let config = model.config();
         let block_size = admission::block_size(&request);
-        let autoregressive = request.settings.policy == Policy::Autoregressive;
+        let causal = request.settings.policy.is_causal();
         let prompt_len = request.prompt.len() as u32;
         // What an earlier run committed counts only in whole blocks: the rest is decoded again.
         let end = prompt_len + request.committed.len() as u32;
@@ -95,7 +99,7 @@ impl Life {
         let boundary = (end - (end - origin.min(end)) % block_size).max(prompt_len);
         let mut tokens = request.prompt.clone();
         tokens.extend(&request.committed[..(boundary - prompt_len) as usize]);
-        let kept_reach = if autoregressive { Reach::Causal } else { config.kept_reach };
+        let kept_reach = if causal { Reach::Causal } else { config.kept_reach };
         let reaches_over = match kept_reach {
             Reach::Causal => 1,
             Reach::Block => block_size,
@@ -114,9 +118,11 @@ impl Life {
             state: State::Queued,
             arrival,
             tokens,
+            draft: Vec::new(),
+            drafted: admission::drafted(&request),
             kept_reach,
-            open_reach: if autoregressive { Reach::Causal } else { config.open_reach },
-            shift: config.shift && !autoregressive,
+            open_reach: if causal { Reach::Causal } else { config.open_reach },
+            shift: config.shift && !causal,
             origin,
             block_size,
             sub_block: admission::sub_block(&request, config),
@@ -140,8 +146,9 @@ impl Life {
         !self.paused && self.has_pages()
     }
 
-    pub(super) fn autoregressive(&self) -> bool {
-        self.request.settings.policy == Policy::Autoregressive
+    /// Whether causal rows decide, and there are no blocks.
+    pub(super) fn causal(&self) -> bool {
+        self.request.settings.policy.is_causal()
     }
 
     /// First position of the block that holds the next undecided position.
@@ -224,35 +231,12 @@ impl Life {
                 *next += grant.kept;
                 return None;
             }
-            State::Decode { next } => {
-                *next += grant.kept;
-                return self.advance_decode(candidates, events);
-            }
+            State::Decode { .. } => return self.advance_decode(grant, candidates, events),
             State::Store { .. } => return self.advance_store(candidates, events),
             State::Denoise { store, .. } => *store = None,
             State::Queued | State::Finished { .. } => return None,
         }
         self.advance_denoise(candidates, deciding, events)
-    }
-
-    fn advance_decode(&mut self, candidates: &[Candidate], events: &mut Vec<Event>) -> Option<Reason> {
-        let Candidate { token, confidence, .. } = *candidates.first()?;
-        let position = self.tokens.len() as u32;
-        let from_prompt = position == (self.request.prompt.len() + self.request.committed.len()) as u32;
-        let pass = if from_prompt { -1 } else { self.passes as i32 };
-        self.nfe += 1;
-        self.passes += u32::from(!from_prompt);
-        if self.request.raw {
-            let trace = BlockTrace {
-                first_position: position,
-                tokens: vec![token],
-                fills: vec![Fill { position, token, pass, confidence }],
-                edits: Vec::new(),
-                passes: self.passes,
-            };
-            events.push(Event::Trace { id: self.request.id, trace });
-        }
-        self.commit(position, &[token], 1, events).or_else(|| self.capped())
     }
 
     /// Opens the next block with the token that the last stored row gives for its first position.
@@ -355,7 +339,13 @@ impl Life {
     }
 
     /// Makes tokens part of the output, up to a stop token or the length asked for.
-    fn commit(&mut self, first_position: u32, fresh: &[u32], steps: u32, events: &mut Vec<Event>) -> Option<Reason> {
+    pub(super) fn commit(
+        &mut self,
+        first_position: u32,
+        fresh: &[u32],
+        steps: u32,
+        events: &mut Vec<Event>,
+    ) -> Option<Reason> {
         let limit = self.request.prompt.len() as u32 + self.request.settings.max_tokens;
         let room = (limit - first_position) as usize;
         let stop = fresh.iter().position(|&token| self.is_stop(token));
@@ -373,7 +363,7 @@ impl Life {
         reason
     }
 
-    fn capped(&self) -> Option<Reason> {
+    pub(super) fn capped(&self) -> Option<Reason> {
         let cap = self.request.settings.nfe_cap;
         (cap > 0 && self.nfe >= cap).then_some(Reason::NfeCap)
     }

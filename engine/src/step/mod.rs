@@ -3,6 +3,7 @@
 //! [`Engine::step`] is the hot loop: admit, grow, plan, forward, decode. Requests enter only between steps.
 
 mod admission;
+mod causal;
 mod holding;
 mod life;
 mod rows;

@@ -26,8 +26,8 @@ impl Life {
         };
         let len = self.tokens.len() as u32;
         match &self.state {
-            State::Prefill { next } if self.autoregressive() || self.stores_first() => {
-                Need { kept: len - next, splits: true, ..base }
+            State::Prefill { next } if self.causal() || self.stores_first() => {
+                Need { kept: len - next, open: self.rows_ahead(), splits: true, ..base }
             }
             State::Prefill { next } => {
                 let start = self.block_start();
@@ -38,7 +38,8 @@ impl Life {
                 let kept = store.map_or(0, |from| block.start - from);
                 Need { kept, open: self.window(block).len() as u32, ..base }
             }
-            State::Decode { next } | State::Store { next } => Need { kept: len - next, ..base },
+            State::Decode { next } => Need { kept: len - next, open: self.rows_ahead(), ..base },
+            State::Store { next } => Need { kept: len - next, ..base },
             State::Queued | State::Finished { .. } => base,
         }
     }
@@ -47,7 +48,7 @@ impl Life {
     pub(super) fn push_rows(&mut self, grant: Grant, sequence: u32, batch: &mut Batch) {
         if let (State::Prefill { next }, true) = (&self.state, grant.open) {
             let next = *next;
-            self.state = if self.autoregressive() {
+            self.state = if self.causal() {
                 State::Decode { next }
             } else if self.stores_first() {
                 State::Store { next }
@@ -63,7 +64,8 @@ impl Life {
         }
         match &self.state {
             State::Denoise { block, .. } if grant.open => self.push_window(block, sequence, batch),
-            State::Decode { .. } | State::Store { .. } => {
+            State::Decode { .. } if grant.open => self.push_ahead(sequence, batch),
+            State::Store { .. } => {
                 batch.outputs.push(batch.rows.len() as u32 - 1);
                 batch.draws.push(self.draw(self.tokens.len() as u32, 0));
             }
@@ -119,7 +121,7 @@ impl Life {
         }
     }
 
-    fn draw(&self, position: u32, step: u32) -> Draw {
+    pub(super) fn draw(&self, position: u32, step: u32) -> Draw {
         let sampling = &self.request.settings.sampling;
         Draw { temperature: sampling.temperature, key: key(sampling.seed, Purpose::Token, position, step) }
     }

@@ -132,7 +132,8 @@ fn tokens_do_not_depend_on_the_prefix_cache() {
     cases.extend(policies().map(|policy| (block_causal(), 4, policy)));
     cases.extend([3, 5, 32, 64].map(|block| (block_causal(), block, THRESHOLD)));
     cases.extend(policies()[..2].iter().map(|&policy| (causal(), 16, policy)));
-    cases.extend([(causal(), 8, THRESHOLD), (causal(), 1, Policy::Autoregressive)]);
+    let drafts = Policy::SelfSpeculative { tau: 0.4 };
+    cases.extend([(causal(), 8, THRESHOLD), (causal(), 1, Policy::Autoregressive), (causal(), 16, drafts)]);
     for (model, block_size, policy) in cases {
         let mut engine = engine(model, 64, 64);
         let mut answers = Answers::new();
@@ -262,7 +263,13 @@ proptest! {
 /// pages are found again or not.
 #[test]
 fn a_preempted_request_gives_the_same_tokens() {
-    let cases = [(block_causal(), 4, THRESHOLD), (causal(), 16, THRESHOLD), (causal(), 1, Policy::Autoregressive)];
+    let drafts = Policy::SelfSpeculative { tau: 0.4 };
+    let cases = [
+        (block_causal(), 4, THRESHOLD),
+        (causal(), 16, THRESHOLD),
+        (causal(), 1, Policy::Autoregressive),
+        (causal(), 16, drafts),
+    ];
     for (model, block, policy) in cases {
         let expected = alone(model, request(1, 0, 50, policy, block));
         for (after, cached_pages) in (1..expected.end.unwrap().1).step_by(3).zip([64, 0].into_iter().cycle()) {

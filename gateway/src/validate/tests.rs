@@ -157,6 +157,7 @@ fn policies_are_checked_against_ranges_and_capabilities() {
         (Kind::Hierarchical(Hierarchical { low: 0.5, high: 1.5 }), ".hierarchical.high"),
         (Kind::JointEdit(JointEdit { tau: 0.5, tau_edit: 1.5, max_post_steps: 1 }), ".joint_edit.tau_edit"),
         (Kind::JointEdit(JointEdit { tau: 0.5, tau_edit: 0.5, max_post_steps: 65 }), ".joint_edit.max_post_steps"),
+        (Kind::SelfSpeculative(SelfSpeculative { tau: 0.0 }), ".self_speculative.tau"),
     ];
     for (kind, field) in bad {
         assert_eq!(check(kind, &full), [field], "{kind:?}");
@@ -166,6 +167,14 @@ fn policies_are_checked_against_ranges_and_capabilities() {
     assert!(check(edit, &full).is_empty());
     assert_eq!(check(Kind::Autoregressive(Autoregressive {}), &diffusion()), [""]);
     assert_eq!(check(Kind::Threshold(Threshold { tau: 0.5 }), &autoregressive()), [""]);
+    let drafts = Kind::SelfSpeculative(SelfSpeculative { tau: 0.5 });
+    assert!(check(drafts, &full).is_empty());
+    assert_eq!(
+        (check(drafts, &diffusion()), check(drafts, &autoregressive())),
+        (vec![String::new()], vec![String::new()])
+    );
+    let capped = Decoding { policy: policy(drafts), nfe_cap: Some(4), ..Default::default() };
+    assert_eq!(fields(text(capped), &full), ["decoding.nfe_cap"]);
     let unnamed = text(Decoding { policy: Some(Policy { kind: None }), ..Default::default() });
     assert_eq!(fields(unnamed, &full), ["decoding.policy"]);
 }
@@ -249,7 +258,7 @@ proptest! {
     #[test]
     fn what_is_valid_is_in_range(
         numbers in prop::array::uniform6(prop::num::f32::ANY), small in prop::array::uniform6(-0.5f32..1.5),
-        near in any::<bool>(), kind in 0usize..7, steps in 0u32..12, block in prop::option::of(0u32..10),
+        near in any::<bool>(), kind in 0usize..8, steps in 0u32..12, block in prop::option::of(0u32..10),
         max_tokens in prop::option::of(0u32..80), prompt in 0usize..80, ids in prop::collection::vec(0u32..120, 0..3),
     ) {
         let [a, b, c, d, e, f] = if near { small } else { numbers };
@@ -261,6 +270,7 @@ proptest! {
             Kind::Hierarchical(Hierarchical { low: d, high: e }),
             Kind::JointEdit(JointEdit { tau: e, tau_edit: f, max_post_steps: steps }),
             Kind::Autoregressive(Autoregressive {}),
+            Kind::SelfSpeculative(SelfSpeculative { tau: c }),
         ][kind];
         let decoding = Decoding {
             max_tokens, block_size: block, policy: policy(kind), temperature: Some(a), top_p: Some(b),
@@ -273,7 +283,7 @@ proptest! {
         prop_assert!(ids.iter().all(|id| *id < model.vocab_size));
         let ranged = match kind {
             Kind::Fixed(fixed) => (1..=settings.block_size).contains(&fixed.steps),
-            Kind::Threshold(_) => c > 0.0 && c <= 1.0,
+            Kind::Threshold(_) | Kind::SelfSpeculative(_) => c > 0.0 && c <= 1.0,
             Kind::Factor(_) => c > 0.0 && c.is_finite(),
             Kind::EntropyBounded(_) => c >= 0.0 && c.is_finite(),
             Kind::Hierarchical(_) => 0.0 <= d && d <= e && e <= 1.0,

@@ -55,7 +55,11 @@ impl Operator {
         let mut admin = AdminServiceClient::new(channel.map_err(|error| Status::unavailable(error.to_string()))?);
         match order.clone() {
             Order::Policy { model, block_size, threshold } => {
-                let kind = Some(Kind::Fixed(FixedSettings { block_size, threshold: Some(threshold) }));
+                let kind = Some(Kind::Fixed(FixedSettings {
+                    block_size,
+                    threshold: Some(threshold),
+                    self_speculative: false,
+                }));
                 admin.set_policy(SetPolicyRequest { model, intent: Some(PolicyIntent { kind }) }).await?;
             }
             Order::Drain(worker_id) => {

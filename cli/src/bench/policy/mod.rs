@@ -26,9 +26,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use unmask_controller::policy::{Choice, Load as PolicyLoad, Profile, Quality, Verdict, choose};
+use unmask_controller::policy::{Candidate, Choice, Load as PolicyLoad, Profile, Quality, Verdict, choose};
 use unmask_proto::v1::admin_service_client::AdminServiceClient;
-use unmask_proto::v1::policy::{Autoregressive, Kind, Threshold};
+use unmask_proto::v1::policy::{Autoregressive, Kind, SelfSpeculative, Threshold};
 use unmask_proto::v1::policy_intent::{Automatic, Kind as Intent};
 use unmask_proto::v1::{Decoding, GetStatusRequest, Policy, PolicyIntent, SetPolicyRequest};
 
@@ -185,10 +185,11 @@ impl Bench<'_> {
         let policy = status.policies.into_iter().find(|policy| policy.model == self.model);
         let policy = policy.context("the controller has no policy of the model")?;
         let setting = policy.current.as_ref().map(|current| match current.policy.and_then(|policy| policy.kind) {
-            Some(Kind::Threshold(Threshold { tau })) => {
-                Setting { block_size: current.block_size, threshold: Some(tau) }
+            Some(Kind::Threshold(Threshold { tau })) => Setting::blocks(current.block_size, tau),
+            Some(Kind::SelfSpeculative(SelfSpeculative { tau })) => {
+                Setting { self_speculative: true, ..Setting::blocks(current.block_size, tau) }
             }
-            _ => Setting { block_size: 1, threshold: None },
+            _ => Setting { block_size: 1, threshold: None, self_speculative: false },
         });
         let revision = policy.current.map_or(0, |current| current.revision);
         Ok(InForce { setting, revision, concurrency: policy.concurrency, why: policy.why })
@@ -208,6 +209,7 @@ impl Bench<'_> {
 
     async fn target(&self, setting: Option<Setting>, streams: u64) -> anyhow::Result<Target> {
         let policy = setting.map(|setting| match setting.threshold {
+            Some(tau) if setting.self_speculative => Kind::SelfSpeculative(SelfSpeculative { tau }),
             Some(tau) => Kind::Threshold(Threshold { tau }),
             None => Kind::Autoregressive(Autoregressive {}),
         });
@@ -236,7 +238,8 @@ impl Bench<'_> {
         let mut sides = vec![Side::new(None, None)];
         for candidate in promised.candidates.iter().filter(|candidate| good_enough(&candidate.verdict)) {
             let threshold = candidate.threshold.map(|threshold| threshold as f32);
-            let setting = Setting { block_size: candidate.block_size, threshold };
+            let Candidate { block_size, self_speculative, .. } = *candidate;
+            let setting = Setting { block_size, threshold, self_speculative };
             sides.push(Side::new(Some(setting), Some(candidate.prediction.tokens_per_s)));
         }
         ensure!(sides.len() > 1, "quality.json has no setting of these weights that is good enough");

@@ -43,11 +43,21 @@ pub struct Setting {
     pub block_size: u32,
     /// Confidence threshold; `None` is autoregressive.
     pub threshold: Option<f32>,
+    /// Masks draft, causal rows decide.
+    pub self_speculative: bool,
 }
 
 impl Setting {
+    /// Blocks of masks that fall at a threshold.
+    pub fn blocks(block_size: u32, threshold: f32) -> Setting {
+        Setting { block_size, threshold: Some(threshold), self_speculative: false }
+    }
+
     fn name(self) -> String {
         match self.threshold {
+            Some(threshold) if self.self_speculative => {
+                format!("self_speculative, block {}, threshold {threshold}", self.block_size)
+            }
             Some(threshold) => format!("block {}, threshold {threshold}", self.block_size),
             None => "autoregressive".into(),
         }
@@ -219,7 +229,7 @@ mod tests {
     }
 
     fn compared(automatic: &[f64]) -> Compared {
-        let setting = |block_size| Some(Setting { block_size, threshold: Some(0.9) });
+        let setting = |block_size| Some(Setting::blocks(block_size, 0.9));
         let sides = vec![
             side(None, automatic),
             side(setting(4), &[100.0, 110.0, 120.0]),
