@@ -1,7 +1,7 @@
 //! gRPC: checks what comes in, hands it to the task, streams what comes back.
 
 use crate::admin;
-use crate::core::{Event, Heartbeat, Joining, Measured, Readiness, StreamId};
+use crate::core::{Event, Heartbeat, Joining, Measured, Pace, Readiness, StreamId};
 use crate::lead::Standing;
 use crate::policy::{Profile, Quality, ReadError};
 use crate::shell::{ANSWERS_MAX, Handle, Input, Outbound, stopping};
@@ -277,5 +277,25 @@ fn heartbeat(report: &Report) -> Result<Heartbeat, Status> {
     let requests = active.saturating_add(report.queued_requests);
     let problem = report.problem.chars().take(PROBLEM_CHARS_MAX).collect();
     let Report { epoch, loaded_percent, policy_revision, .. } = *report;
-    Ok(Heartbeat { epoch, readiness, outstanding_rows, requests, active, problem, loaded_percent, policy_revision })
+    let said = report.pace.unwrap_or_default();
+    let seconds = |micros: u64| Duration::from_micros(micros).as_secs_f64();
+    let pace = Pace {
+        revision: said.revision,
+        tokens: said.tokens,
+        steps: said.steps,
+        step_s: seconds(said.step_us),
+        busy_s: seconds(said.busy_us),
+        request_s: seconds(said.request_us),
+    };
+    Ok(Heartbeat {
+        epoch,
+        readiness,
+        outstanding_rows,
+        requests,
+        active,
+        problem,
+        loaded_percent,
+        policy_revision,
+        pace,
+    })
 }

@@ -4,7 +4,7 @@
 //! controller answers, the worker serves on in the epoch it has.
 
 use crate::membership::{Membership, Order, Readiness, Standing};
-use crate::service::Present;
+use crate::service::{Present, Serving};
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -185,9 +185,12 @@ impl Joiner {
     }
 
     fn report(&self, out: &mpsc::Sender<JoinRequest>) -> Result<(), Status> {
-        let (load, policy_revision) = match self.serving.borrow().as_ref() {
-            Some(serving) => (serving.runner.load(), serving.policy_revision.load(Ordering::Relaxed)),
-            None => (Load::default(), 0),
+        let (load, policy_revision, pace) = match self.serving.borrow().as_ref() {
+            Some(serving) => {
+                let Serving { runner, policy_revision, .. } = &**serving;
+                (runner.load(), policy_revision.load(Ordering::Relaxed), Some(runner.pace().message()))
+            }
+            None => (Load::default(), 0, None),
         };
         let Standing { epoch, readiness } = self.membership.standing();
         let (mut problem, mut loaded_percent) = (String::new(), 0);
@@ -210,6 +213,7 @@ impl Joiner {
             problem,
             loaded_percent,
             policy_revision,
+            pace,
             outstanding_rows: load.outstanding_rows,
             active_requests: load.active as u32,
             queued_requests: load.queued as u32,

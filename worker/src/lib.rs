@@ -23,6 +23,7 @@ pub mod group;
 mod join;
 mod mapping;
 mod membership;
+mod pace;
 mod pool;
 mod profile;
 mod runner;

@@ -7,6 +7,7 @@
 use crate::delivery::{Delivery, Flow, Reading, Terms};
 use crate::group::CANARY_INTERVAL;
 use crate::mapping;
+use crate::pace::{Pace, Pacer, Step};
 use std::collections::BTreeMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -49,6 +50,7 @@ struct Submission {
 pub(crate) struct Handle {
     letters: mpsc::Sender<Letter>,
     load: watch::Receiver<Load>,
+    pace: watch::Receiver<Pace>,
     failure: watch::Receiver<Option<CommError>>,
     next_id: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
@@ -98,6 +100,11 @@ impl Handle {
     /// Tells when the engine's group is over.
     pub(crate) fn watch_failure(&self) -> watch::Receiver<Option<CommError>> {
         self.failure.clone()
+    }
+
+    /// How fast requests were decoded so far.
+    pub(crate) fn pace(&self) -> Pace {
+        *self.pace.borrow()
     }
 
     /// The engine's load as of the last step.
@@ -154,6 +161,8 @@ pub(crate) struct Runner {
     engine: Engine,
     mailbox: mpsc::Receiver<Letter>,
     load: watch::Sender<Load>,
+    pace: watch::Sender<Pace>,
+    pacer: Pacer,
     deliveries: BTreeMap<RequestId, Delivery>,
     /// Reused between steps.
     events: Vec<Event>,
@@ -176,7 +185,8 @@ impl Runner {
         let stop = Arc::new(AtomicBool::new(false));
         let (failed, failure) = watch::channel(None);
         let next_id = Arc::new(AtomicU64::new(1));
-        let handle = Handle { letters, load: loads, failure, next_id, stop: Arc::clone(&stop) };
+        let (pace, paces) = watch::channel(Pace::default());
+        let handle = Handle { letters, load: loads, pace: paces, failure, next_id, stop: Arc::clone(&stop) };
         let now = Instant::now();
         let runner = Self {
             failure: failed,
@@ -187,6 +197,8 @@ impl Runner {
             engine,
             mailbox,
             load,
+            pace,
+            pacer: Pacer::default(),
             deliveries: BTreeMap::new(),
             events: Vec::new(),
             stop,
@@ -251,7 +263,14 @@ impl Runner {
             return Turn::Stop;
         }
         self.load.send_replace(self.engine.load());
-        carried.map_or_else(|| Turn::Wait(self.next_clock()), Turn::Next)
+        self.pace.send_replace(self.pacer.pace);
+        carried.map_or_else(
+            || {
+                self.pacer.idle();
+                Turn::Wait(self.next_clock())
+            },
+            Turn::Next,
+        )
     }
 
     /// Time until an idle group has to prove that every rank computes.
@@ -341,10 +360,18 @@ impl Runner {
 
     /// One step and its events; `None` when no request could take rows.
     fn step(&mut self) -> Option<StepReport> {
+        let began = Instant::now();
         let report = self.engine.step(&mut self.events);
         let now = Instant::now();
         let mut events = std::mem::take(&mut self.events);
         let carried = report.rows > 0 || !events.is_empty();
+        if report.rows > 0 {
+            let tokens =
+                events.iter().map(|event| if let Event::Commit { tokens, .. } = event { tokens.len() } else { 0 });
+            let revisions = self.deliveries.values().map(|delivery| delivery.terms.policy_revision);
+            let tokens = tokens.sum::<usize>() as u64;
+            self.pacer.step(Step { began, ended: now, tokens, requests: report.requests }, revisions);
+        }
         for event in events.drain(..) {
             let id = event.id();
             if let Event::Failed { .. } = event {

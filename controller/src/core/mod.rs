@@ -7,11 +7,13 @@
 //! current epoch and were heard of within the time-to-live.
 
 pub mod groups;
+mod live;
 pub mod settings;
 mod state;
 #[cfg(test)]
 mod tests;
 
+pub use live::Pace;
 pub use state::{Measured, Member, State};
 
 use crate::placement::Slot;
@@ -63,7 +65,7 @@ pub enum Readiness {
 }
 
 /// A heartbeat; validated.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Heartbeat {
     /// Epoch the worker serves in; 0 before its first assignment.
     pub epoch: u64,
@@ -81,6 +83,8 @@ pub struct Heartbeat {
     pub loaded_percent: u32,
     /// Latest revision of the model's policy among the requests taken.
     pub policy_revision: u64,
+    /// How fast its requests are decoded.
+    pub pace: Pace,
 }
 
 /// What happened.

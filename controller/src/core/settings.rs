@@ -3,9 +3,10 @@
 //! Automatic settings follow the load with hysteresis: another choice must promise clearly more for some ticks in a row before it
 //! replaces the one in force, unless that is no longer good or quick enough. Every change has a revision of its own.
 
-use super::state::Member;
+use super::live::Live;
+use super::state::{Measured, Member};
 use super::{Action, Fact, Readiness};
-use crate::policy::{Candidate, Choice, Load, Verdict, choose};
+use crate::policy::{Candidate, Choice, Load, Row, Verdict, choose_seen, predict};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -31,6 +32,11 @@ pub struct Setting {
 }
 
 impl Setting {
+    /// That of a measured row.
+    fn of_row(row: &Row) -> Setting {
+        Setting { block_size: row.block_size, threshold: row.threshold, self_speculative: row.self_speculative }
+    }
+
     /// That of a measured candidate.
     fn of(candidate: &Candidate) -> Setting {
         let &Candidate { block_size, threshold, self_speculative, .. } = candidate;
@@ -76,6 +82,8 @@ pub struct ModelSettings {
     contender: Option<(Setting, u32)>,
     /// Of the last ticks.
     loads: VecDeque<f64>,
+    /// What settings really gave.
+    live: Live,
 }
 
 impl ModelSettings {
@@ -114,7 +122,8 @@ impl ModelSettings {
     /// A tick: follows the load of the model's `members`.
     pub(super) fn follow(&mut self, model: &str, members: &[&Member]) -> Option<Action> {
         let Intent::Automatic { latency_ms, floor, block_sizes } = self.intent.clone() else { return None };
-        let ready: Vec<_> = members.iter().filter(|member| member.readiness == Readiness::Ready).collect();
+        let ready: Vec<&Member> =
+            members.iter().copied().filter(|member| member.readiness == Readiness::Ready).collect();
         // Those that wait share no step yet.
         let active: u64 = ready.iter().map(|member| u64::from(member.active)).sum();
         let now = active as f64 / ready.len().max(1) as f64;
@@ -125,7 +134,7 @@ impl ModelSettings {
         let mut sorted: Vec<f64> = self.loads.iter().copied().collect();
         sorted.sort_by(f64::total_cmp);
         self.concurrency = sorted[sorted.len() / 2];
-        let Some(measured) = members.iter().find_map(|member| member.measured.as_ref()) else {
+        let Some(measured) = members.iter().find_map(|member| member.measured.clone()) else {
             self.why = "no worker has both step times and quality of the model".into();
             return self.adopt(model, None);
         };
@@ -136,7 +145,21 @@ impl ModelSettings {
             floor: floor.unwrap_or_else(|| measured.quality.default_floor()),
             block_sizes,
         };
-        self.decide(model, &choose(&measured.profile, &measured.quality, &load), load.concurrency)
+        self.see(&ready, &measured);
+        let seen = |row: &Row| self.live.factor(Setting::of_row(row));
+        let choice = choose_seen(&measured.profile, &measured.quality, &load, seen);
+        self.decide(model, &choice, load.concurrency)
+    }
+
+    /// Holds what the setting in force gives against what it promised.
+    fn see(&mut self, ready: &[&Member], measured: &Measured) {
+        let Some(current) = self.current else { return };
+        let row = measured.quality.rows.iter().find(|row| Setting::of_row(row) == current);
+        let promised = |requests: f64| {
+            let at_once = requests.round().max(1.0) as u32;
+            row.map(|row| predict(&measured.profile, row, at_once, TYPICAL_CONTEXT))
+        };
+        self.live.take(current, self.revision, ready, promised);
     }
 
     fn decide(&mut self, model: &str, choice: &Choice, concurrency: u32) -> Option<Action> {
@@ -185,7 +208,7 @@ pub type Settings = BTreeMap<String, ModelSettings>;
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
-    use super::super::state::Measured;
+    use super::super::Pace;
     use super::*;
     use crate::policy::{Profile, Quality};
     use std::sync::Arc;
@@ -231,6 +254,7 @@ mod tests {
             problem: String::new(),
             loaded_percent: 0,
             policy_revision: 0,
+            pace: Pace::default(),
             readiness: Readiness::Ready,
             outstanding_rows: 0,
             requests,
@@ -267,6 +291,65 @@ mod tests {
         // Load that swings about the point where both are equal settles on one.
         let swings: Vec<u64> = (0..200).map(|i| tick(if i % 2 == 0 { 1 } else { 8 }).1).collect();
         assert!(swings[199] - swings[20] <= 1, "{swings:?}");
+    }
+
+    /// A group whose passes take `slowness` times as long as measured, and whose tokens take as long again as `detour`
+    /// says once they have left the model.
+    struct Real {
+        settings: ModelSettings,
+        pace: Pace,
+        slowness: f64,
+    }
+
+    impl Real {
+        fn new(slowness: f64) -> Real {
+            let mut settings = ModelSettings::default();
+            settings.set("m", AUTOMATIC);
+            Real { settings, pace: Pace::default(), slowness }
+        }
+
+        fn tick(&mut self, requests: u32, detour: fn(Setting) -> f64) -> (Setting, u64) {
+            let measured = measured();
+            if self.pace.revision != self.settings.revision {
+                self.pace = Pace { revision: self.settings.revision, ..Pace::default() };
+            }
+            if let Some(current) = self.settings.current {
+                let row = measured.quality.rows.iter().find(|row| Setting::of_row(row) == current).unwrap();
+                let step_s = predict(&measured.profile, row, requests, TYPICAL_CONTEXT).step_ms / 1e3 * self.slowness;
+                let steps = 1.0 / (step_s * (1.0 + detour(current)));
+                self.pace.steps += steps as u64;
+                self.pace.step_s += steps * step_s;
+                self.pace.tokens += (steps * f64::from(requests) * row.tpf) as u64;
+                self.pace.busy_s += 1.0;
+                self.pace.request_s += f64::from(requests);
+            }
+            let member = Member { pace: self.pace, ..member(requests, Some(measured)) };
+            self.settings.follow("m", &[&member]);
+            (self.settings.current.unwrap(), self.settings.revision)
+        }
+    }
+
+    /// At 64 at a time the profile promises most of one row each; where each pass costs more on its way than in the
+    /// model, that is tried once and given up, and what holds is kept.
+    #[test]
+    fn a_promise_that_does_not_hold_is_tried_once() {
+        let mut real = Real::new(1.0);
+        let detour = |setting| if setting == ONE_BY_ONE { 9.0 } else { 0.1 };
+        let ticks: Vec<_> = (0..200).map(|_| real.tick(64, detour)).collect();
+        assert!(ticks.iter().any(|(setting, _)| *setting == ONE_BY_ONE), "what is promised is tried");
+        assert_eq!(ticks[199].0, BLOCKS);
+        assert_eq!(ticks[199].1, ticks[40].1, "and not again: {ticks:?}");
+    }
+
+    /// Everything being slower by the same factor, as on a machine busier than when it was measured, changes nothing.
+    #[test]
+    fn a_slower_machine_chooses_as_before() {
+        let mut real = Real::new(7.0);
+        for (requests, expected) in [(1, BLOCKS), (64, ONE_BY_ONE), (1, BLOCKS)] {
+            let ticks: Vec<_> = (0..60).map(|_| real.tick(requests, |_| 0.0)).collect();
+            assert_eq!(ticks[59].0, expected, "{requests} at a time");
+            assert_eq!(ticks[59].1, ticks[20].1, "{ticks:?}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::groups::{Desired, Placed, Pool, group_id};
 use super::settings::{Intent, Settings};
-use super::{Action, Ending, Fact, Group, Heartbeat, Joining, MEMBERS_MAX, MODELS_MAX, Readiness, StreamId};
+use super::{Action, Ending, Fact, Group, Heartbeat, Joining, MEMBERS_MAX, MODELS_MAX, Pace, Readiness, StreamId};
 use crate::placement::Slot;
 use crate::policy::{Profile, Quality};
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +45,8 @@ pub struct Member {
     pub loaded_percent: u32,
     /// Latest revision of the model's policy among the requests that its group has taken.
     pub policy_revision: u64,
+    /// As last reported.
+    pub pace: Pace,
     /// As last reported (rows).
     pub outstanding_rows: u64,
     /// As last reported: served or waiting.
@@ -76,6 +78,7 @@ impl Member {
             problem: String::new(),
             loaded_percent: 0,
             policy_revision: 0,
+            pace: Pace::default(),
             outstanding_rows: earlier.as_ref().map_or(0, |member| member.outstanding_rows),
             requests: earlier.as_ref().map_or(0, |member| member.requests),
             active: earlier.map_or(0, |member| member.active),
@@ -268,7 +271,7 @@ impl State {
             return false;
         }
         (member.problem, member.loaded_percent) = (beat.problem, beat.loaded_percent);
-        member.policy_revision = beat.policy_revision;
+        (member.policy_revision, member.pace) = (beat.policy_revision, beat.pace);
         let before = member.readiness;
         // One that was told to drain does.
         if before != Readiness::Draining {

@@ -32,6 +32,7 @@ fn beat(epoch: u64, readiness: Readiness, outstanding_rows: u64) -> Heartbeat {
         problem: String::new(),
         loaded_percent: 0,
         policy_revision: 0,
+        pace: Pace::default(),
     }
 }
 

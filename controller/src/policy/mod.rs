@@ -37,6 +37,14 @@ pub struct Load {
     pub block_sizes: Vec<u32>,
 }
 
+impl Prediction {
+    /// With everything so many times as fast.
+    fn times(self, factor: f64) -> Prediction {
+        let Prediction { rows, step_ms, block_ms, tokens_per_s } = self;
+        Prediction { rows, step_ms: step_ms / factor, block_ms: block_ms / factor, tokens_per_s: tokens_per_s * factor }
+    }
+}
+
 /// What a way to decode would do under a load.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Prediction {
@@ -142,7 +150,13 @@ impl Choice {
 /// reaches the floor and whose blocks come within the latency target. Ties go to the smaller block, then to the higher
 /// threshold, then to the earlier row.
 pub fn choose(profile: &Profile, quality: &Quality, load: &Load) -> Choice {
-    let mut candidates: Vec<Candidate> = quality.rows.iter().map(|row| candidate(profile, row, load)).collect();
+    choose_seen(profile, quality, load, |_| 1.0)
+}
+
+/// As [`choose`], with predictions corrected: `seen` is how many times as fast as predicted a row's way really is.
+pub fn choose_seen(profile: &Profile, quality: &Quality, load: &Load, seen: impl Fn(&Row) -> f64) -> Choice {
+    let mut candidates: Vec<Candidate> =
+        quality.rows.iter().map(|row| candidate(profile, row, load, seen(row))).collect();
     let eligible = candidates.iter().enumerate().filter(|(_, candidate)| candidate.verdict == Verdict::Chosen);
     let winner = eligible.min_by(|(_, a), (_, b)| better_first(a, b)).map(|(index, _)| index);
     if let Some(winner) = winner {
@@ -157,8 +171,8 @@ pub fn choose(profile: &Profile, quality: &Quality, load: &Load) -> Choice {
 }
 
 /// A row's candidate; [`Verdict::Chosen`] as long as it is eligible.
-fn candidate(profile: &Profile, row: &Row, load: &Load) -> Candidate {
-    let prediction = predict(profile, row, load.concurrency, load.context);
+fn candidate(profile: &Profile, row: &Row, load: &Load, seen: f64) -> Candidate {
+    let prediction = predict(profile, row, load.concurrency, load.context).times(seen);
     let pass_rate_low = row.pass_rate_low();
     let verdict = match load.latency_ms {
         _ if row.dtype != profile.dtype => Verdict::OtherWeights,

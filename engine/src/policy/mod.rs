@@ -199,18 +199,12 @@ impl Policy {
             ),
             Policy::Hierarchical { low, high } => {
                 require(probability(high), "policy.hierarchical.high", format!("must be in (0, 1], is {high}"));
-                require(
-                    low >= 0.0 && low <= high,
-                    "policy.hierarchical.low",
-                    format!("must be from 0 to high ({high}), is {low}"),
-                );
+                let must = format!("must be from 0 to high ({high}), is {low}");
+                require(low >= 0.0 && low <= high, "policy.hierarchical.low", must);
             }
             Policy::Timesteps { steps, eps, tau, .. } => {
-                require(
-                    (1..=STEPS_MAX).contains(&steps),
-                    "policy.timesteps.steps",
-                    format!("must be from 1 to {STEPS_MAX}, is {steps}"),
-                );
+                let must = format!("must be from 1 to {STEPS_MAX}, is {steps}");
+                require((1..=STEPS_MAX).contains(&steps), "policy.timesteps.steps", must);
                 require(eps > 0.0 && eps < 1.0, "policy.timesteps.eps", format!("must be in (0, 1), is {eps}"));
                 require(
                     tau.is_none_or(probability),
@@ -238,7 +232,6 @@ impl Policy {
             }
             Policy::SelfSpeculative { tau } => {
                 require(probability(tau), "policy.self_speculative.tau", format!("must be in (0, 1], is {tau}"));
-                require(block_size > 1, "block_size", "must be above 1: one position drafts nothing".into());
             }
             Policy::Autoregressive => {}
         }

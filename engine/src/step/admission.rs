@@ -5,7 +5,7 @@ use crate::model::{ModelConfig, Reach};
 use crate::pages::Pages;
 use crate::plan::PROMPT_SHARE;
 use crate::policy::Policy;
-use crate::request::{BLOCK_SIZE_MAX, Cache, Ends, Invalid, POSITIONS_MAX, Refusal, Request, STOP_IDS_MAX};
+use crate::request::{BLOCK_SIZE_MAX, Cache, Ends, Invalid, POSITIONS_MAX, Refusal, Request, STOP_IDS_MAX, Settings};
 
 /// Checks everything about a request that the model and the limits decide.
 pub(super) fn check(request: &Request, config: &ModelConfig, limits: &Limits) -> Result<(), Refusal> {
@@ -62,8 +62,7 @@ fn out_of_range(at: usize, id: u32, vocab: u32) -> String {
 }
 
 fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, found: &mut Vec<Invalid>) {
-    let settings = &request.settings;
-    let sampling = &settings.sampling;
+    let Settings { sampling, policy, .. } = &request.settings;
     let mut require = |ok: bool, field: &str, message: String| {
         if !ok {
             found.push(Invalid { field: field.into(), message });
@@ -79,29 +78,35 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         "top_p",
         format!("must be in (0, 1], is {}", sampling.top_p),
     );
-    if settings.policy.is_causal() {
-        require(
-            config.can_autoregress(),
-            "policy",
-            format!("{} was not trained to predict the next token: choose a block diffusion policy", config.name),
-        );
+    require(
+        !policy.is_causal() || config.can_autoregress(),
+        "policy",
+        format!("{} was not trained to predict the next token: choose a block diffusion policy", config.name),
+    );
+    if *policy != Policy::Autoregressive {
+        check_blocks(request, config, limits, found);
     }
-    match settings.policy {
-        Policy::Autoregressive => return,
-        Policy::SelfSpeculative { .. } => {
-            require(
-                config.can_speculate(),
-                "policy",
-                format!("{} has no masked rows to draft by: self_speculative is not available", config.name),
-            );
-            require(
-                settings.nfe_cap == 0,
-                "nfe_cap",
-                "must be 0: how many passes the same tokens take depends on where they are continued".into(),
-            );
+}
+
+/// What needs masks.
+fn check_blocks(request: &Request, config: &ModelConfig, limits: &Limits, found: &mut Vec<Invalid>) {
+    let settings = &request.settings;
+    let mut require = |ok: bool, field: &str, message: String| {
+        if !ok {
+            found.push(Invalid { field: field.into(), message });
         }
-        _ => {}
-    }
+    };
+    let drafts = matches!(settings.policy, Policy::SelfSpeculative { .. });
+    require(
+        !drafts || config.can_speculate(),
+        "policy",
+        format!("{} has no masked rows to draft by: self_speculative is not available", config.name),
+    );
+    require(
+        !drafts || settings.nfe_cap == 0,
+        "nfe_cap",
+        "must be 0: how many passes the same tokens take depends on where they are continued".into(),
+    );
     require(
         config.can_diffuse(),
         "policy",

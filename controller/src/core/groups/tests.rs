@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 use super::super::settings::Settings;
-use super::super::{Event, Heartbeat, Joining, decide};
+use super::super::{Event, Heartbeat, Joining, Pace, decide};
 use super::*;
 use unmask_proto::v1::{Capacity, Route};
 
@@ -71,6 +71,7 @@ impl Pooled {
             problem,
             loaded_percent,
             policy_revision,
+            pace: Pace::default(),
         };
         self.event(Event::Report(self.streams[worker], beat));
     }
