@@ -260,6 +260,20 @@ async fn a_killed_gateway_is_left_for_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_hangs_is_left_for_another() {
+    let cluster = Cluster::start(2, 1).await;
+    let load = Load::start(&cluster).await;
+    load.progress(STREAMS).await;
+    // Every stream begins at the first one, which neither answers nor closes anything.
+    cluster.gateways[0].signal("-STOP");
+    load.progress(2 * STREAMS).await;
+    cluster.gateways[0].signal("-CONT");
+    load.progress(STREAMS).await;
+    let outcome = load.end("a gateway hung").await;
+    assert!(outcome.gaps.iter().all(|gap| *gap < Duration::from_secs(10)), "{:?}", outcome.gaps);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_controller_the_last_known_routes_serve() {
     let mut cluster = Cluster::start(1, 2).await;
     let load = Load::start(&cluster).await;
