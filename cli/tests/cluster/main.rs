@@ -426,6 +426,27 @@ async fn full_without_etcd_for_a_minute() {
 }
 
 #[cfg(feature = "etcd")]
+#[tokio::test(flavor = "multi_thread")]
+async fn controllers_that_start_without_etcd_wait_for_it() {
+    let (mut etcd, mut cluster) = Cluster::replicated(1, 2).await;
+    let load = Load::start(&cluster).await;
+    etcd.kill();
+    let addresses: Vec<String> = cluster.controllers.drain(..).map(Process::kill).collect();
+    addresses.iter().for_each(|address| cluster.start_controller(address));
+    // Longer than a try to reach it.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    load.progress(STREAMS).await;
+    etcd.restart();
+    // One leads, or nobody would take these out of the routes and in again.
+    let worker = cluster.workers.remove(0).kill();
+    cluster.serving(0, 1).await;
+    cluster.workers.push(cluster.worker(&worker));
+    cluster.serving(0, 2).await;
+    load.progress(STREAMS).await;
+    load.end("controllers started without etcd").await;
+}
+
+#[cfg(feature = "etcd")]
 async fn without_etcd(outage: Duration) {
     let (mut etcd, mut cluster) = Cluster::replicated(1, 2).await;
     let load = Load::start(&cluster).await;
