@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 #![allow(clippy::print_stdout, reason = "each test prints what it measured")]
 
+#[cfg(feature = "etcd")]
+mod chaos;
 mod cuts;
 mod pool;
 mod processes;
