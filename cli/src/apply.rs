@@ -11,6 +11,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+use unmask_engine::model::{ModelConfig, Overrides, Share};
 use unmask_proto::v1::policy_intent::{Automatic, Kind};
 use unmask_proto::v1::{
     ApplyRequest, DesiredModel, GetStatusRequest, GroupState, GroupStatus, ModelStatus, PolicyIntent,
@@ -35,6 +36,8 @@ A file says what is wanted of one model, for workers that were started with --po
 
 /// Longest file (bytes).
 const FILE_BYTES_MAX: u64 = 64 << 10;
+/// Degrees at which models can be shared out, where they can.
+const DEGREES: [usize; 4] = [1, 2, 4, 8];
 /// Between looks with `--wait`.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -158,12 +161,40 @@ fn read(path: &Path) -> anyhow::Result<DesiredModel> {
     parse(&text).with_context(|| path.display().to_string())
 }
 
+/// Whether the model can be shared out among so many ranks, where its folder is on this machine too. What is not here, or
+/// cannot be read, is for the workers to say.
+fn check_degree(model: &DesiredModel) -> anyhow::Result<()> {
+    let (wanted, dir) = (model.tensor_parallel as usize, Path::new(&model.path));
+    // The controller refuses other degrees.
+    if model.replicas == 0 || !DEGREES.contains(&wanted) || !dir.join("config.json").is_file() {
+        return Ok(());
+    }
+    let Ok(config) = ModelConfig::load(dir, &Overrides::default()) else { return Ok(()) };
+    let problems = |ranks| Share { rank: 0, ranks }.problems(&config);
+    let can: Vec<String> =
+        DEGREES.into_iter().filter(|ranks| problems(*ranks).is_empty()).map(|n| n.to_string()).collect();
+    let why = problems(wanted);
+    ensure!(
+        why.is_empty(),
+        "tensor_parallel: is {wanted}, {} can have {}: {}",
+        model.path,
+        can.join(", "),
+        why.join("; ")
+    );
+    Ok(())
+}
+
 /// Says what is wanted; all files are read before the first is sent.
 ///
 /// # Errors
 /// A file is not what it should be; no controller answers, or it refuses; with `--wait`, the limit passes.
 pub fn run(args: &ApplyArgs) -> anyhow::Result<ExitCode> {
-    let models: Vec<DesiredModel> = args.files.iter().map(|path| read(path)).collect::<anyhow::Result<_>>()?;
+    let mut models = Vec::new();
+    for path in &args.files {
+        let model = read(path)?;
+        check_degree(&model).with_context(|| path.display().to_string())?;
+        models.push(model);
+    }
     for model in &models {
         let answer = block_on(ask(&args.at, |mut client| {
             let request = ApplyRequest { model: Some(model.clone()) };
@@ -285,6 +316,23 @@ mod tests {
         assert_eq!(model.policy.unwrap().kind, Some(Kind::Automatic(automatic)));
         assert_eq!(parse("name: m\npath: /m\nmemory: 4096\n").unwrap().memory_bytes, 4096);
         assert!(parse("name: m\nreplicas: 0\n").is_ok());
+    }
+
+    #[test]
+    fn a_degree_that_the_model_cannot_have_is_refused_before_it_is_sent() {
+        // Four heads over two of keys and values.
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/sdar");
+        let model = |tensor_parallel| DesiredModel {
+            path: path.into(),
+            replicas: 1,
+            tensor_parallel,
+            ..DesiredModel::default()
+        };
+        assert!(check_degree(&model(4)).is_ok());
+        let refused = check_degree(&model(8)).unwrap_err().to_string();
+        assert!(refused.starts_with("tensor_parallel: is 8") && refused.contains("can have 1, 2, 4: "), "{refused}");
+        let elsewhere = DesiredModel { path: "/nowhere".into(), ..model(8) };
+        assert!(check_degree(&elsewhere).is_ok() && check_degree(&DesiredModel { replicas: 0, ..model(8) }).is_ok());
     }
 
     #[test]

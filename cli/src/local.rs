@@ -28,6 +28,12 @@ const READY_LIMIT: Duration = Duration::from_secs(300);
 const READY_POLL: Duration = Duration::from_millis(10);
 /// Longest stop of a service after it has drained.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Longest wait for a connection to open.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// How often an open connection is pinged.
+const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest answer to a ping; then the connection counts as broken.
+const PING_LIMIT: Duration = Duration::from_secs(4);
 /// Name of the only worker; stable, so that a restart finds its group again.
 const WORKER_ID: &str = "local";
 
@@ -265,7 +271,14 @@ pub fn connect(endpoint: &str, tls: &ClientTlsArgs) -> anyhow::Result<Channel> {
     };
     let network = if under_tls { tls.network()? } else { Network::default() };
     let dialled = Endpoint::from_shared(format!("http://{address}"));
-    Ok(network.channel(&dialled.with_context(|| format!("--endpoint {endpoint:?} is no address"))?))
+    let dialled = dialled.with_context(|| format!("--endpoint {endpoint:?} is no address"))?;
+    // A machine that falls silent closes nothing: without pings a stream would wait for it for ever.
+    let dialled = dialled
+        .connect_timeout(CONNECT_LIMIT)
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_LIMIT)
+        .keep_alive_while_idle(true);
+    Ok(network.channel(&dialled))
 }
 
 async fn named<E: std::error::Error + Send + Sync + 'static>(

@@ -142,8 +142,9 @@ pub fn to_json(event: &Event) -> Value {
         Event::Draft(Draft { first_position, token_ids, masked, step, text }) => json!({ "draft": {
             "first_position": first_position, "token_ids": token_ids, "masked": masked, "step": step, "text": text,
         }}),
-        Event::Commit(Commit { first_position, token_ids, text, steps }) => json!({ "commit": {
+        Event::Commit(Commit { first_position, token_ids, text, steps, group_id, epoch }) => json!({ "commit": {
             "first_position": first_position, "token_ids": token_ids, "text": text, "steps": steps,
+            "group_id": group_id, "epoch": epoch,
         }}),
         Event::Finish(finish) => {
             let usage = finish.usage.unwrap_or_default();

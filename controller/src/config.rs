@@ -5,6 +5,7 @@ use serde::Deserialize;
 use std::time::Duration;
 use thiserror::Error;
 use unmask_proto::controllers::is_host_port;
+use unmask_proto::network::Network;
 use unmask_proto::tls::{Links, RawTls};
 
 /// Members silent for this long are taken out of the routes.
@@ -43,6 +44,8 @@ pub struct Config {
     pub store_tls: Option<StoreTls>,
     /// Certificates, for whoever binds the socket.
     pub links: Links,
+    /// The way to workers.
+    pub network: Network,
     /// host:port at which this replica is reached; `None` takes the address it listens on.
     pub advertise: Option<String>,
     /// Members silent for this long leave the routes; also the grace after a start.
@@ -57,7 +60,8 @@ pub struct ConfigError(pub Vec<String>);
 impl Config {
     /// The default settings over `store`.
     pub fn new(store: StoreUrl) -> Self {
-        Self { store, store_tls: None, links: Links::default(), advertise: None, member_ttl: MEMBER_TTL }
+        let (links, network) = (Links::default(), Network::default());
+        Self { store, store_tls: None, links, network, advertise: None, member_ttl: MEMBER_TTL }
     }
 
     /// How often the state is looked over: often enough to notice silence soon after the time-to-live.
@@ -108,7 +112,7 @@ impl TryFrom<RawConfig> for Config {
         });
         match store {
             Some(store) if errors.is_empty() => {
-                Ok(Self { store, store_tls, links, advertise: raw.advertise, member_ttl })
+                Ok(Self { store, store_tls, network: links.network(), links, advertise: raw.advertise, member_ttl })
             }
             _ => Err(ConfigError(errors)),
         }

@@ -50,6 +50,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Open streams per connection.
 const STREAMS_PER_CONNECTION_MAX: u32 = 256;
+/// Pause before a store that cannot be reached is opened again.
+const OPEN_PAUSE: Duration = Duration::from_millis(500);
 /// Longest wait at shutdown for connections to close.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(2);
 
@@ -70,7 +72,8 @@ pub enum ControllerError {
     Serve(#[from] tonic::transport::Error),
 }
 
-/// Serves until `shutdown` completes, then ends every stream with UNAVAILABLE and returns.
+/// Serves until `shutdown` completes, then ends every stream with UNAVAILABLE and returns. While the store cannot be
+/// reached it serves as one that does not lead.
 ///
 /// # Errors
 /// [`ControllerError`] when the store cannot be opened (held by another process, damaged, not built in) or the
@@ -80,8 +83,18 @@ pub async fn run(
     incoming: impl Into<Incoming>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
-    let store = store::open(&config.store, config.store_tls.as_ref()).await?;
-    run_on(store, config, incoming, shutdown).await
+    serve(open(config.clone()), config, incoming.into(), shutdown).await
+}
+
+/// Opens the store, as soon as it can be reached.
+async fn open(config: Config) -> Result<impl Store, StoreError> {
+    loop {
+        match store::open(&config.store, config.store_tls.as_ref()).await {
+            Err(error) if error.passes() => tracing::warn!(%error, "cannot open the store; trying again"),
+            opened => return opened,
+        }
+        tokio::time::sleep(OPEN_PAUSE).await;
+    }
 }
 
 /// The same on a store that is open already; the one that the settings name is not looked at.
@@ -94,7 +107,15 @@ pub async fn run_on(
     incoming: impl Into<Incoming>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ControllerError> {
-    let incoming = incoming.into();
+    serve(std::future::ready(Ok(store)), config, incoming.into(), shutdown).await
+}
+
+async fn serve<S: Store>(
+    opening: impl Future<Output = Result<S, StoreError>> + Send + 'static,
+    config: Config,
+    incoming: Incoming,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ControllerError> {
     let address = match &config.advertise {
         Some(address) => address.clone(),
         None => match incoming.local_addr().map_err(ControllerError::Address)? {
@@ -105,7 +126,17 @@ pub async fn run_on(
     let stop = CancellationToken::new();
     let standing = watch::Sender::new(Standing::Following(None));
     let service = Service::new(standing.subscribe());
-    let leading = tokio::spawn(lead::run(store, config, address, standing, stop.clone()));
+    let leading = tokio::spawn({
+        let stop = stop.clone();
+        async move {
+            let store = tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                opened = opening => opened?,
+            };
+            lead::run(store, config, address, standing, stop).await
+        }
+    });
 
     let (reporter, health) = tonic_health::server::health_reporter();
     let admin = AdminServiceServer::new(service.clone());

@@ -9,9 +9,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Status};
+use unmask_proto::network::Network;
 use unmask_proto::rich;
 use unmask_proto::v1::{Assignment, GetStatusResponse, JoinResponse, Seat, WatchRoutesResponse};
 
@@ -19,6 +21,14 @@ use unmask_proto::v1::{Assignment, GetStatusResponse, JoinResponse, Seat, WatchR
 const EVENTS_MAX: usize = 1024;
 /// Unread answers of one Join stream; a worker that reads none of them is let go.
 pub(crate) const ANSWERS_MAX: usize = 16;
+/// Before each look for a worker whose stream broke off. A process that is killed closes its sockets one after the other,
+/// and the one on which it listens may be the last.
+const PROBE_PAUSES: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(200), Duration::from_secs(1)];
+/// Longest answer to one look.
+const PROBE_LIMIT: Duration = Duration::from_secs(1);
+/// Workers that are looked for at once; of others silence decides.
+const PROBES_MAX: usize = 64;
 /// When a refused worker may try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -60,6 +70,9 @@ pub(crate) struct Shell<S> {
     inputs: mpsc::Receiver<Input>,
     routes: watch::Sender<Option<Arc<WatchRoutesResponse>>>,
     streams: HashMap<StreamId, Outbound>,
+    network: Network,
+    /// Looks for workers whose streams broke off, at most [`PROBES_MAX`]; they end with the stream of one that is gone.
+    probes: JoinSet<Option<StreamId>>,
     /// Until when this replica surely leads.
     leading: watch::Receiver<Instant>,
     over: CancellationToken,
@@ -78,8 +91,8 @@ impl<S: Store> Shell<S> {
         let Recovered { epoch_floor, groups, settings, desired, placed } = recovered;
         let state = State::new(config.member_ttl, epoch_floor, groups, settings).with_pool(desired, placed);
         let handle = Handle { inputs: sender, routes: watching, over: over.clone() };
-        let streams = HashMap::new();
-        (Self { state, ledger, tick: config.tick(), inputs, routes, streams, leading, over }, handle)
+        let (streams, network, probes) = (HashMap::new(), config.network.clone(), JoinSet::new());
+        (Self { state, ledger, tick: config.tick(), inputs, routes, streams, network, probes, leading, over }, handle)
     }
 
     pub(crate) async fn run(mut self) {
@@ -97,6 +110,10 @@ impl<S: Store> Shell<S> {
                 input = self.inputs.recv() => match input {
                     Some(input) => input,
                     None => break,
+                },
+                Some(probed) = self.probes.join_next() => match probed {
+                    Ok(Some(stream)) => Input::Event(Event::Refused(stream)),
+                    _ => continue,
                 },
                 _ = ticks.tick() => Input::Event(Event::Tick),
             };
@@ -168,6 +185,7 @@ impl<S: Store> Shell<S> {
                 }
                 Action::Assign { stream, group_id, epoch, seat } => self.assign(stream, group_id, epoch, seat),
                 Action::Close(stream, ending) => self.close(stream, ended(ending)),
+                Action::Probe { stream, endpoint } => self.probe(stream, endpoint),
                 Action::TellToDrain(stream) => self.answer(stream, JoinResponse { drain: true, ..self.empty() }),
                 Action::PublishRoutes { revision, routes, settings } => {
                     tracing::debug!(revision, routes = routes.len(), "routes");
@@ -178,6 +196,13 @@ impl<S: Store> Shell<S> {
             }
         }
         true
+    }
+
+    fn probe(&mut self, stream: StreamId, endpoint: String) {
+        if self.probes.len() < PROBES_MAX {
+            let network = self.network.clone();
+            self.probes.spawn(async move { nobody_there(&network, &endpoint).await.then_some(stream) });
+        }
     }
 
     fn empty(&self) -> JoinResponse {
@@ -203,6 +228,17 @@ impl<S: Store> Shell<S> {
             let _ = outbound.answers.try_send(Err(status));
         }
     }
+}
+
+/// Whether a machine says that nobody listens at an address.
+async fn nobody_there(network: &Network, address: &str) -> bool {
+    for pause in PROBE_PAUSES {
+        sleep(pause).await;
+        if timeout(PROBE_LIMIT, network.refuses(address)).await == Ok(true) {
+            return true;
+        }
+    }
+    false
 }
 
 /// The status a stream ends with; `None` ends it well.

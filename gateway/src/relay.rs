@@ -338,8 +338,9 @@ impl Relay {
             WorkerEvent::Commit(commit) => {
                 let fresh = self.assembler.commit(commit);
                 let fresh = fresh.map_err(|gap| rich::status(Code::Internal, "COMMIT_GAP", gap.to_string()))?;
-                if let Some(commit) = fresh {
+                if let Some(mut commit) = fresh {
                     let (group, epoch) = self.current.as_ref().map_or(("", 0), |route| (&route.group, route.epoch));
+                    (commit.group_id, commit.epoch) = (group.to_owned(), epoch);
                     let (request_id, first, tokens) =
                         (&self.job.request_id, commit.first_position, commit.token_ids.len());
                     tracing::trace!(request_id, group, epoch, first, tokens, "commit");

@@ -98,7 +98,7 @@ impl Assembler {
         let (taken, text) = self.take_ids(fresh);
         self.passes += commit.steps;
         let token_ids = fresh[..taken].to_vec();
-        Ok(Some(Commit { first_position: expected, token_ids, text, steps: commit.steps }))
+        Ok(Some(Commit { first_position: expected, token_ids, text, ..commit }))
     }
 
     /// The part of a draft that is not yet committed, with its text; `None` when nothing is.
@@ -162,7 +162,7 @@ mod tests {
     }
 
     fn commit(first_position: u32, token_ids: &[u32]) -> Commit {
-        Commit { first_position, token_ids: token_ids.to_vec(), text: String::new(), steps: 1 }
+        Commit { first_position, token_ids: token_ids.to_vec(), steps: 1, ..Commit::default() }
     }
 
     #[test]

@@ -108,7 +108,8 @@ async fn a_broken_stream_goes_on_with_another_group_and_the_client_sees_nothing(
         run.commit(&answer[3..7]).await;
         stream.started().await;
         stream.commit().await;
-        stream.commit().await;
+        let before = stream.commit().await;
+        assert_eq!(before.epoch, request.epoch);
         match status {
             Some(status) => run.fail(status).await,
             None => drop(run),
@@ -122,6 +123,7 @@ async fn a_broken_stream_goes_on_with_another_group_and_the_client_sees_nothing(
         run.finish(FinishReason::Eos).await;
         let output = stream.all().await.unwrap();
         assert_eq!(output.ids, answer[7..]);
+        assert!(output.commits.iter().all(|commit| !commit.group_id.is_empty() && commit.group_id != before.group_id));
         assert_eq!(output.finish.unwrap().blocks_recomputed, 1);
     }
 }

@@ -126,6 +126,12 @@ impl Network {
         self.marked(endpoint).connect_with_connector(self.connector()).await
     }
 
+    /// Whether nobody listens at host:port, and its machine says so. Silence is none of that.
+    pub async fn refuses(&self, address: &str) -> bool {
+        let opened = self.dial.dial(address.to_owned()).await;
+        opened.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+
     /// A bare connection to host:port.
     #[cfg(test)]
     pub(crate) fn dial(&self, address: String) -> Dialling {

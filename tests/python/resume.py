@@ -21,6 +21,12 @@ ROUNDS_MAX = 3
 ROUND_PAUSE_S = 0.5
 # Longest stream (seconds).
 STREAM_LIMIT_S = 600
+# A machine that falls silent closes nothing: without pings a stream would wait for it for ever.
+CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 4000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 
 class OtherTokens(Exception):
@@ -125,7 +131,8 @@ def main() -> None:
         sys.path.insert(0, out)
         messages = importlib.import_module("unmask.v1.inference_pb2")
         services = importlib.import_module("unmask.v1.inference_pb2_grpc")
-    stubs = [services.InferenceServiceStub(grpc.insecure_channel(address)) for address in args.gateways.split(",")]
+    channels = [grpc.insecure_channel(address, options=CHANNEL_OPTIONS) for address in args.gateways.split(",")]
+    stubs = [services.InferenceServiceStub(channel) for channel in channels]
     decoding = messages.Decoding(max_tokens=args.max_tokens, seed=args.seed, temperature=args.temperature)
     stream = ResumingStream(messages, stubs, messages.GenerateRequest(text=args.prompt, decoding=decoding))
     text = ""

@@ -120,7 +120,7 @@ impl Delivery {
                 self.first_block.get_or_insert(now - self.terms.arrived);
                 self.last_position = (first_position + tokens.len() as u32).checked_sub(1).or(self.last_position);
                 self.passes += steps;
-                let commit = Commit { first_position, token_ids: tokens, text: String::new(), steps };
+                let commit = Commit { first_position, token_ids: tokens, steps, ..Commit::default() };
                 self.send(run_response::Event::Commit(commit), now);
             }
             Event::Finished { reason, nfe, prompt_tokens, completion_tokens, .. } => {

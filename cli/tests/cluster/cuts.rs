@@ -1,4 +1,4 @@
-//! Links between services that fall silent, as a network does: nothing is closed, nothing arrives.
+//! Links between services that fall silent, as a network does: nothing is closed, nothing arrives. Or that break off.
 
 use super::{Load, STREAMS};
 use crate::processes::{Cluster, LIMIT};
@@ -7,6 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use unmask_controller::config::MEMBER_TTL;
 use unmask_proto::v1::GroupState;
 
 /// A link through this process.
@@ -15,6 +16,7 @@ pub struct Link {
     pub address: String,
     target: watch::Sender<String>,
     whole: watch::Sender<bool>,
+    broken: watch::Sender<()>,
 }
 
 impl Link {
@@ -24,12 +26,19 @@ impl Link {
         let address = listener.local_addr().unwrap().to_string();
         let (target, far) = watch::channel(String::new());
         let (whole, state) = watch::channel(true);
+        let (broken, breaks) = watch::channel(());
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
-                tokio::spawn(carry(near, far.clone(), state.clone()));
+                let (far, state, mut breaks) = (far.clone(), state.clone(), breaks.clone());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        () = carry(near, far, state) => {}
+                        _ = breaks.changed() => {}
+                    }
+                });
             }
         });
-        Link { address, target, whole }
+        Link { address, target, whole, broken }
     }
 
     pub fn to(&self, address: &str) {
@@ -38,6 +47,11 @@ impl Link {
 
     pub fn cut(&self) {
         self.whole.send_replace(false);
+    }
+
+    /// Closes what is open.
+    pub fn break_off(&self) {
+        self.broken.send_replace(());
     }
 
     pub fn mend(&self) {
@@ -116,6 +130,28 @@ async fn a_worker_cut_off_from_the_controller_takes_nothing_new_and_comes_back()
     assert!(cluster.epoch(&address).await > epoch, "what it did in between belongs to an epoch of its own");
     load.progress(STREAMS).await;
     let outcome = load.end("worker and controller cut off from each other").await;
+    assert_eq!(outcome.continued, 0, "nothing that it held was lost");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_only_loses_its_connection_to_the_controller_keeps_its_seat() {
+    let begun = Instant::now();
+    let cluster = Cluster::start(1, 0).await;
+    let link = Link::new().await;
+    link.to(&cluster.controllers[0].address);
+    let _workers = [cluster.pooled_with("a", &["--controller", &link.address]), cluster.pooled("b")];
+    cluster.apply("spares: 1\n");
+    cluster.serving(0, 1).await;
+    let before = cluster.placed().await.groups;
+    let load = Load::start(&cluster).await;
+    // From then on a controller may declare it dead.
+    tokio::time::sleep(MEMBER_TTL.saturating_sub(begun.elapsed())).await;
+    for _ in 0..5 {
+        link.break_off();
+        load.progress(STREAMS).await;
+    }
+    assert_eq!(cluster.placed().await.groups, before, "its seat and its epoch");
+    let outcome = load.end("the connection of a worker to the controller broken off, five times").await;
     assert_eq!(outcome.continued, 0, "nothing that it held was lost");
 }
 

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 #![allow(clippy::print_stdout, reason = "each test prints what it measured")]
 
+#[cfg(feature = "etcd")]
+mod chaos;
 mod cuts;
 mod pool;
 mod processes;
@@ -260,6 +262,20 @@ async fn a_killed_gateway_is_left_for_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_hangs_is_left_for_another() {
+    let cluster = Cluster::start(2, 1).await;
+    let load = Load::start(&cluster).await;
+    load.progress(STREAMS).await;
+    // Every stream begins at the first one, which neither answers nor closes anything.
+    cluster.gateways[0].signal("-STOP");
+    load.progress(2 * STREAMS).await;
+    cluster.gateways[0].signal("-CONT");
+    load.progress(STREAMS).await;
+    let outcome = load.end("a gateway hung").await;
+    assert!(outcome.gaps.iter().all(|gap| *gap < Duration::from_secs(10)), "{:?}", outcome.gaps);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_controller_the_last_known_routes_serve() {
     let mut cluster = Cluster::start(1, 2).await;
     let load = Load::start(&cluster).await;
@@ -409,6 +425,27 @@ async fn without_etcd_what_serves_goes_on_serving() {
 #[tokio::test(flavor = "multi_thread")]
 async fn full_without_etcd_for_a_minute() {
     without_etcd(Duration::from_secs(60)).await;
+}
+
+#[cfg(feature = "etcd")]
+#[tokio::test(flavor = "multi_thread")]
+async fn controllers_that_start_without_etcd_wait_for_it() {
+    let (mut etcd, mut cluster) = Cluster::replicated(1, 2).await;
+    let load = Load::start(&cluster).await;
+    etcd.kill();
+    let addresses: Vec<String> = cluster.controllers.drain(..).map(Process::kill).collect();
+    addresses.iter().for_each(|address| cluster.start_controller(address));
+    // Longer than a try to reach it.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    load.progress(STREAMS).await;
+    etcd.restart();
+    // One leads, or nobody would take these out of the routes and in again.
+    let worker = cluster.workers.remove(0).kill();
+    cluster.serving(0, 1).await;
+    cluster.workers.push(cluster.worker(&worker));
+    cluster.serving(0, 2).await;
+    load.progress(STREAMS).await;
+    load.end("controllers started without etcd").await;
 }
 
 #[cfg(feature = "etcd")]

@@ -4,21 +4,27 @@ use super::{Load, STREAMS, unmask};
 use crate::processes::{Cluster, LIMIT, Process};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
+use unmask_controller::config::MEMBER_TTL;
 use unmask_proto::v1::{GroupState, GroupStatus};
 
-/// Three workers, and one group of two ranks on two of them.
-struct Pair {
+/// Workers of the pool, and one group on some of them.
+struct Pooled {
     cluster: Cluster,
     workers: BTreeMap<String, Process>,
 }
 
-impl Pair {
-    async fn start() -> Pair {
+impl Pooled {
+    async fn start(workers: &[&str], group: &str) -> Pooled {
         let cluster = Cluster::start(1, 0).await;
-        let workers = ["a", "b", "c"].map(|name| (name.to_owned(), cluster.pooled(name)));
-        cluster.apply("tensor_parallel: 2\nspares: 1\n");
+        let workers = workers.iter().map(|name| ((*name).to_owned(), cluster.pooled(name))).collect();
+        cluster.apply(group);
         cluster.serving(0, 1).await;
-        Pair { cluster, workers: workers.into() }
+        Pooled { cluster, workers }
+    }
+
+    /// A group of two ranks, and a spare.
+    async fn pair() -> Pooled {
+        Pooled::start(&["a", "b", "c"], "tensor_parallel: 2\nspares: 1\n").await
     }
 
     async fn group(&self) -> GroupStatus {
@@ -46,11 +52,21 @@ impl Pair {
         tokio::time::timeout(LIMIT, again).await.expect("the group serves again");
         begun.elapsed()
     }
+
+    /// Waits until a worker is the spare.
+    async fn spare(&self, worker: &str) {
+        let spare = async {
+            while self.cluster.placed().await.spares != [worker] {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, spare).await.expect("it is the spare");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_rank_is_replaced_by_the_spare_and_no_stream_is_lost() {
-    let mut pair = Pair::start().await;
+    let mut pair = Pooled::pair().await;
     let load = Load::start(&pair.cluster).await;
     for rank in [1, 0] {
         load.progress(STREAMS).await;
@@ -61,19 +77,35 @@ async fn a_killed_rank_is_replaced_by_the_spare_and_no_stream_is_lost() {
         load.progress(STREAMS).await;
         // Back as the spare, in another process.
         pair.workers.insert(lost.clone(), pair.cluster.pooled(&lost));
-        let spare = async {
-            while pair.cluster.placed().await.spares != [lost.clone()] {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        tokio::time::timeout(LIMIT, spare).await.expect("it is the spare");
+        pair.spare(&lost).await;
     }
     load.end("a rank killed, twice").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_killed_group_of_one_rank_is_placed_on_the_spare_at_once() {
+    let begun = Instant::now();
+    let mut one = Pooled::start(&["a", "b"], "spares: 1\n").await;
+    let load = Load::start(&one.cluster).await;
+    // Until then a controller declares nobody dead.
+    tokio::time::sleep(MEMBER_TTL.saturating_sub(begun.elapsed())).await;
+    for _ in 0..3 {
+        load.progress(STREAMS).await;
+        let (lost, epoch) = (one.rank(0).await, one.group().await.epoch);
+        one.workers.remove(&lost).unwrap().kill();
+        let took = one.serves_without(&lost, epoch).await;
+        println!("a group of one rank killed: it serves again after {took:?}");
+        assert!(took < MEMBER_TTL, "nobody waits for the time-to-live");
+        load.progress(STREAMS).await;
+        one.workers.insert(lost.clone(), one.cluster.pooled(&lost));
+        one.spare(&lost).await;
+    }
+    load.end("a group of one rank killed, three times").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hung_rank_is_replaced_by_the_spare_and_comes_back_as_one() {
-    let pair = Pair::start().await;
+    let pair = Pooled::pair().await;
     let load = Load::start(&pair.cluster).await;
     load.progress(STREAMS).await;
     let (hung, epoch) = (pair.rank(1).await, pair.group().await.epoch);
@@ -82,12 +114,7 @@ async fn a_hung_rank_is_replaced_by_the_spare_and_comes_back_as_one() {
     println!("rank 1 hung: the group serves again after {took:?}");
     load.progress(STREAMS).await;
     pair.workers[&hung].signal("-CONT");
-    let spare = async {
-        while pair.cluster.placed().await.spares != [hung.clone()] {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(LIMIT, spare).await.expect("it is the spare");
+    pair.spare(&hung).await;
     load.progress(STREAMS).await;
     load.end("a rank hung").await;
 }

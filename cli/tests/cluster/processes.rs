@@ -14,7 +14,7 @@ use unmask_proto::v1::{GetStatusRequest, ListModelsRequest, ModelStatus, WorkerS
 /// Bounds every wait: far beyond what anything takes.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-fn model() -> String {
+pub fn model() -> String {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/sdar");
     path.to_str().unwrap().to_owned()
 }
@@ -145,8 +145,12 @@ impl Cluster {
 
     /// A worker with other arguments beside the usual ones.
     pub fn worker_with(&self, arguments: &[&str]) -> Process {
-        let control: &[&str] = if arguments.contains(&"--controller") { &[] } else { &["--controller", &self.control] };
-        self.worker_at("127.0.0.1:0", &[control, arguments].concat())
+        self.worker_at("127.0.0.1:0", &[&self.control_unless(arguments)[..], arguments].concat())
+    }
+
+    /// Where the controllers are, unless `arguments` say.
+    fn control_unless(&self, arguments: &[&str]) -> Vec<&str> {
+        if arguments.contains(&"--controller") { Vec::new() } else { vec!["--controller", &self.control] }
     }
 
     fn worker_at(&self, listen: &str, arguments: &[&str]) -> Process {
@@ -162,8 +166,8 @@ impl Cluster {
 
     /// As [`Cluster::pooled`], with other arguments beside the usual ones.
     pub fn pooled_with(&self, name: &str, arguments: &[&str]) -> Process {
-        let worker = ["worker", "--controller", &self.control, "--pool", "--threads", "1", "--worker-id", name];
-        Process::start(&[&worker[..], arguments].concat(), "127.0.0.1:0")
+        let worker = ["worker", "--pool", "--threads", "1", "--worker-id", name];
+        Process::start(&[&worker[..], &self.control_unless(arguments), arguments].concat(), "127.0.0.1:0")
     }
 
     /// Runs `unmask apply` on a file's text, and waits until all groups serve.

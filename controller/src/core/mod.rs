@@ -100,6 +100,8 @@ pub enum Event {
     Leave(StreamId),
     /// The stream broke off; its worker may come back.
     StreamClosed(StreamId),
+    /// Nobody listens any more where the worker of a stream that broke off did.
+    Refused(StreamId),
     /// A worker is to finish what it holds and leave.
     Drain(String),
     /// What is wanted of a model.
@@ -117,7 +119,7 @@ pub enum Ending {
     Left,
     /// Its worker joined again on another stream, or another worker took its endpoint.
     Superseded,
-    /// Nothing was heard for the time-to-live.
+    /// Nothing was heard for the time-to-live, or the worker's process has ended.
     Silent,
     /// [`MEMBERS_MAX`] is reached.
     Full,
@@ -196,6 +198,13 @@ pub enum Action {
     TellToDrain(StreamId),
     /// End a stream.
     Close(StreamId, Ending),
+    /// Find out whether anybody listens where the worker of a stream that broke off did.
+    Probe {
+        /// The stream.
+        stream: StreamId,
+        /// host:port.
+        endpoint: String,
+    },
     /// Publish the whole table.
     PublishRoutes {
         /// Rises with every publication.
@@ -218,7 +227,8 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         Event::Report(stream, heartbeat) => settles = state.report(stream, heartbeat, now, &mut actions),
         Event::Loaded(stream, epoch, model, measured) => state.loaded(stream, epoch, *model, measured),
         Event::Leave(stream) => state.leave(stream, &mut actions),
-        Event::StreamClosed(stream) => state.stream_closed(stream),
+        Event::StreamClosed(stream) => state.stream_closed(stream, &mut actions),
+        Event::Refused(stream) => state.refused(stream, now, &mut actions),
         Event::Drain(worker_id) => state.drain(&worker_id, &mut actions),
         Event::Apply(model, desired) => state.apply(model, desired, &mut actions),
         Event::SetPolicy(model, intent) => state.set_policy(model, intent, &mut actions),

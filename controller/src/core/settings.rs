@@ -245,6 +245,8 @@ mod tests {
     fn member(requests: u32, measured: Option<Arc<Measured>>) -> Member {
         Member {
             stream: None,
+            broken: None,
+            ended: false,
             group_id: "g".into(),
             epoch: 1,
             endpoint: "e:1".into(),

@@ -25,6 +25,10 @@ pub struct Measured {
 pub struct Member {
     /// Its stream; `None` while it is broken off.
     pub stream: Option<StreamId>,
+    /// The stream that broke off, while there is no other.
+    pub(super) broken: Option<StreamId>,
+    /// Its stream broke off, and nobody listens at its endpoint: its process has ended.
+    pub(super) ended: bool,
     /// Its group; of the pool, empty while it has none.
     pub group_id: String,
     /// The group's epoch.
@@ -68,6 +72,8 @@ impl Member {
         let (model, measured) = said.map_or((model, measured), |(model, measured)| (model.clone(), measured.clone()));
         Self {
             stream: Some(stream),
+            broken: None,
+            ended: false,
             group_id: group.id,
             epoch: group.epoch,
             endpoint,
@@ -308,19 +314,28 @@ impl State {
         }
     }
 
-    pub(super) fn stream_closed(&mut self, stream: StreamId) {
-        // The worker may still serve; silence decides.
+    pub(super) fn stream_closed(&mut self, stream: StreamId, actions: &mut Vec<Action>) {
+        // The worker may still serve; whether it listens says more, else silence decides.
         if let Some((_, member)) = self.by_stream(stream) {
-            member.stream = None;
+            (member.stream, member.broken) = (None, Some(stream));
+            actions.push(Action::Probe { stream, endpoint: member.endpoint.clone() });
+        }
+    }
+
+    pub(super) fn refused(&mut self, stream: StreamId, now: Duration, actions: &mut Vec<Action>) {
+        // One that has joined again meanwhile has another stream.
+        if let Some(member) = self.members.values_mut().find(|member| member.broken == Some(stream)) {
+            member.ended = true;
+            self.expire(now, actions);
         }
     }
 
     pub(super) fn expire(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let ttl = self.ttl;
+        let (ttl, graced) = (self.ttl, now < self.grace());
         let silent: Vec<_> = self
             .members
             .iter()
-            .filter(|(_, member)| now.saturating_sub(member.heard) >= ttl)
+            .filter(|(_, member)| now.saturating_sub(member.heard) >= ttl || (member.ended && !graced))
             .map(|(id, _)| id.clone())
             .collect();
         for worker_id in silent {

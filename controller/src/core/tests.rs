@@ -88,6 +88,40 @@ fn a_silent_worker_leaves_the_routes_after_the_time_to_live_and_not_before() {
 }
 
 #[test]
+fn a_worker_whose_stream_breaks_and_whose_endpoint_refuses_goes_at_once() {
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
+    join(&mut state, 1, "a", at(5));
+    let probe = Action::Probe { stream: StreamId(1), endpoint: "a:1".into() };
+    assert_eq!(decide(&mut state, Event::StreamClosed(StreamId(1)), at(6)), [probe]);
+    let actions = decide(&mut state, Event::Refused(StreamId(1)), at(6));
+    assert_eq!(table(&actions), Some(vec![]));
+    assert!(actions.contains(&Action::Persist(Fact::NoGroup { worker_id: "a".into() })));
+}
+
+#[test]
+fn a_worker_that_has_joined_again_is_not_taken_for_the_one_that_was_looked_for() {
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
+    let epoch = join(&mut state, 1, "a", at(5));
+    assert_eq!(decide(&mut state, Event::Refused(StreamId(1)), at(6)), [], "its stream has not broken off");
+    decide(&mut state, Event::StreamClosed(StreamId(1)), at(6));
+    decide(&mut state, Event::Hello(StreamId(2), joining("a", epoch)), at(6));
+    assert_eq!(decide(&mut state, Event::Refused(StreamId(1)), at(6)), []);
+    assert_eq!((state.members()["a"].epoch, state.members()["a"].stream), (epoch, Some(StreamId(2))));
+}
+
+#[test]
+fn nobody_is_declared_dead_before_the_grace_is_over_whoever_refuses() {
+    let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
+    join(&mut state, 1, "a", at(3));
+    decide(&mut state, Event::StreamClosed(StreamId(1)), at(3));
+    assert_eq!(decide(&mut state, Event::Refused(StreamId(1)), at(3)), []);
+    assert_eq!(decide(&mut state, Event::Tick, at(4)), []);
+    assert!(state.members().contains_key("a"));
+    // Heard of two seconds ago: without the refusal it would have three more.
+    assert_eq!(table(&decide(&mut state, Event::Tick, at(5))), Some(vec![]));
+}
+
+#[test]
 fn a_leaving_worker_goes_at_once() {
     let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
     join(&mut state, 1, "a", at(0));
@@ -232,6 +266,9 @@ enum Drawn {
     Closed {
         stream: u64,
     },
+    Refused {
+        stream: u64,
+    },
     Wait {
         millis: u64,
     },
@@ -249,6 +286,7 @@ fn drawn() -> impl Strategy<Value = Drawn> {
         }),
         (0..12u64).prop_map(|stream| Drawn::Leave { stream }),
         (0..12u64).prop_map(|stream| Drawn::Closed { stream }),
+        (0..12u64).prop_map(|stream| Drawn::Refused { stream }),
         (0..3000u64).prop_map(|millis| Drawn::Wait { millis }),
     ]
 }
@@ -326,6 +364,7 @@ proptest! {
                 }
                 Drawn::Leave { stream } => Event::Leave(StreamId(stream)),
                 Drawn::Closed { stream } => Event::StreamClosed(StreamId(stream)),
+                Drawn::Refused { stream } => Event::Refused(StreamId(stream)),
                 Drawn::Wait { millis } => {
                     now += Duration::from_millis(millis);
                     Event::Tick

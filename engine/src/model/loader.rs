@@ -21,8 +21,8 @@ impl Share {
     /// The whole model.
     pub const WHOLE: Share = Share { rank: 0, ranks: 1 };
 
-    /// Everything that keeps a model from being shared out like this.
-    pub(super) fn problems(&self, config: &ModelConfig) -> Vec<String> {
+    /// Everything that keeps a model from being shared out like this; nothing where it can be.
+    pub fn problems(&self, config: &ModelConfig) -> Vec<String> {
         let ranks = self.ranks;
         let mut problems = Vec::new();
         if !(ranks.is_power_of_two() && ranks <= unmask_kernels::PIECES && self.rank < ranks) {

@@ -91,7 +91,7 @@ impl Run {
     }
 
     pub async fn commit_at(&self, first_position: u32, ids: &[u32]) -> bool {
-        let commit = Commit { first_position, token_ids: ids.to_vec(), text: String::new(), steps: 2 };
+        let commit = Commit { first_position, token_ids: ids.to_vec(), steps: 2, ..Commit::default() };
         self.send(run_response::Event::Commit(commit)).await
     }
 

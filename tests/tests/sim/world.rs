@@ -104,7 +104,8 @@ fn controller(plan: &Plan, id: HostId, network: &Network, store: &store::Shared)
     let starts = AtomicU64::new(0);
     Box::new(move || {
         let start = starts.fetch_add(1, Ordering::Relaxed);
-        let config = unmask_controller::Config::new("embedded:nowhere".parse().unwrap());
+        let mut config = unmask_controller::Config::new("embedded:nowhere".parse().unwrap());
+        config.network = network.of(id);
         let store = store.of(id, seed ^ start << 32);
         let running = unmask_controller::run_on(store, config, network.up(id), pending());
         running.map(|ended| format!("{ended:?}")).boxed()

@@ -118,7 +118,7 @@ impl Stream {
         }
         let end = self.end.min(self.next + self.block);
         let token_ids = (self.next..end).map(|position| self.draws.token(position)).collect();
-        let commit = Commit { first_position: self.next, token_ids, text: String::new(), steps: self.passes.1 };
+        let commit = Commit { first_position: self.next, token_ids, steps: self.passes.1, ..Commit::default() };
         self.next = end;
         self.passes = (0, self.draws.passes(end));
         self.sent.push(Instant::now());

@@ -187,6 +187,44 @@ fn a_group_of_one_is_placed_elsewhere_when_its_worker_is_gone_for_the_time_to_li
 }
 
 #[test]
+fn a_group_of_one_is_placed_elsewhere_at_once_when_its_worker_has_ended() {
+    let mut pooled = Pooled::new();
+    pooled.apply(1, 1, 1);
+    pooled.join("a", 0);
+    pooled.join("b", 0);
+    pooled.form();
+    for _ in 0..5 {
+        pooled.pass(1000);
+        pooled.report("a", Readiness::Ready);
+        pooled.report("b", Readiness::Spare);
+    }
+    let before = pooled.rank("a").unwrap().1;
+    pooled.event(Event::StreamClosed(pooled.streams["a"]));
+    assert_eq!(pooled.served()[0].2, "a:1", "its stream alone says nothing");
+    pooled.event(Event::Refused(pooled.streams["a"]));
+    assert!(pooled.rank("b").is_some_and(|(rank, epoch)| rank == 0 && epoch > before));
+    pooled.form();
+    assert_eq!(pooled.served()[0].2, "b:1");
+    pooled.join("a", 0);
+    assert_eq!(pooled.told["a"].0, None, "it comes back as a spare");
+}
+
+#[test]
+fn a_rank_that_has_ended_is_replaced_when_the_others_say_so() {
+    let mut pooled = pair_and_spare();
+    pooled.now = TTL;
+    for (worker, readiness) in [("a", Readiness::Ready), ("b", Readiness::Ready), ("c", Readiness::Spare)] {
+        pooled.report(worker, readiness);
+    }
+    let before = pooled.served();
+    pooled.event(Event::StreamClosed(pooled.streams["b"]));
+    pooled.event(Event::Refused(pooled.streams["b"]));
+    assert_eq!(pooled.served(), before);
+    pooled.report("a", Readiness::Fenced);
+    assert!(pooled.rank("c").is_some_and(|(rank, epoch)| rank == 1 && epoch > before[0].1));
+}
+
+#[test]
 fn a_rank_that_hangs_is_replaced_once_it_has_been_silent_for_long_enough() {
     let mut pooled = pair_and_spare();
     pooled.now += Duration::from_millis(2100);
