@@ -86,7 +86,10 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
     let cut_prompts = if args.cuts == 0 { None } else { Some(measure_cuts(args, &model, &tokenizer, &tasks)?) };
     if args.write {
         let path = dir.join("quality.json");
-        let command = format!("unmask train measure --model {} --tasks {} --write", args.model, args.tasks.display());
+        let drafts: Vec<String> = args.self_speculative.iter().map(f32::to_string).collect();
+        let drafts = if drafts.is_empty() { String::new() } else { format!(" --self-speculative {}", drafts.join(",")) };
+        let command =
+            format!("unmask train measure --model {} --tasks {}{drafts} --write", args.model, args.tasks.display());
         let quality = Quality { format: "unmask.quality/1".into(), command, rows, cut_prompts };
         let text = serde_json::to_string_pretty(&quality)? + "\n";
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
