@@ -87,7 +87,8 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
     if args.write {
         let path = dir.join("quality.json");
         let drafts: Vec<String> = args.self_speculative.iter().map(f32::to_string).collect();
-        let drafts = if drafts.is_empty() { String::new() } else { format!(" --self-speculative {}", drafts.join(",")) };
+        let drafts =
+            if drafts.is_empty() { String::new() } else { format!(" --self-speculative {}", drafts.join(",")) };
         let command =
             format!("unmask train measure --model {} --tasks {}{drafts} --write", args.model, args.tasks.display());
         let quality = Quality { format: "unmask.quality/1".into(), command, rows, cut_prompts };

@@ -10,7 +10,7 @@ mod processes;
 mod python;
 mod tls;
 
-use processes::{Cluster, LIMIT, Process};
+use processes::{Cluster, LIMIT, Process, folder};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -180,13 +180,23 @@ impl Load {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_workers_lose_no_stream_and_change_no_token() {
-    kill_workers(4).await;
+    kill_workers(Cluster::start(1, 2).await, 4).await;
+}
+
+/// Commits of any length, and drafts that are lost with a worker.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_workers_change_no_token_that_was_drafted() {
+    let mut cluster = Cluster::start(1, 0).await;
+    cluster.model = folder("models/python-tasks-3m");
+    cluster.workers = (0..2).map(|_| cluster.worker("127.0.0.1:0")).collect();
+    cluster.serving(0, 2).await;
+    kill_workers(cluster, 4).await;
 }
 
 #[ignore = "takes over a minute: cargo test -- --ignored"]
 #[tokio::test(flavor = "multi_thread")]
 async fn full_fifty_killed_workers() {
-    let outcome = kill_workers(50).await;
+    let outcome = kill_workers(Cluster::start(1, 2).await, 50).await;
     assert!(outcome.streams >= 500);
 }
 
@@ -214,8 +224,7 @@ async fn full_a_thousand_streams_with_a_kill_every_second() {
     load.end(&format!("{kills} kills, one a second")).await;
 }
 
-async fn kill_workers(kills: usize) -> Outcome {
-    let mut cluster = Cluster::start(1, 2).await;
+async fn kill_workers(mut cluster: Cluster, kills: usize) -> Outcome {
     let load = Load::start(&cluster).await;
     for kill in 0..kills {
         load.progress(STREAMS).await;

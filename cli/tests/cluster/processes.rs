@@ -15,7 +15,12 @@ use unmask_proto::v1::{GetStatusRequest, ListModelsRequest, ModelStatus, WorkerS
 pub const LIMIT: Duration = Duration::from_secs(60);
 
 pub fn model() -> String {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/sdar");
+    folder("tests/golden/sdar")
+}
+
+/// A folder of the repository.
+pub fn folder(path: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(path);
     path.to_str().unwrap().to_owned()
 }
 
@@ -90,6 +95,8 @@ pub struct Cluster {
     pub controllers: Vec<Process>,
     pub gateways: Vec<Process>,
     pub workers: Vec<Process>,
+    /// Folder of what workers serve that are started from now on.
+    pub model: String,
     /// host:port of every controller, also of those that were killed.
     control: String,
     store: String,
@@ -110,6 +117,7 @@ impl Cluster {
             controllers: Vec::new(),
             gateways: Vec::new(),
             workers: Vec::new(),
+            model: model(),
             control: String::new(),
             store,
             _data: data,
@@ -154,8 +162,7 @@ impl Cluster {
     }
 
     fn worker_at(&self, listen: &str, arguments: &[&str]) -> Process {
-        let model = model();
-        let worker = ["worker", "--model", &model, "--threads", "1", "--dtype", "f32"];
+        let worker = ["worker", "--model", &self.model, "--threads", "1", "--dtype", "f32"];
         Process::start(&[&worker[..], arguments].concat(), listen)
     }
 
