@@ -10,10 +10,11 @@ use std::ops::Range;
 use unmask_kernels::Row;
 
 impl Life {
-    /// Positions of the masks that draft what follows the draft.
+    /// Positions of the masks that draft what follows the draft: none behind a stop token, where nothing is read.
     fn masks(&self) -> Range<u32> {
         let start = (self.tokens.len() + self.draft.len()) as u32;
-        start..(start + self.drafted).min(self.canvas_end)
+        let stops = self.draft.last().is_some_and(|&token| self.is_stop(token));
+        start..if stops { start } else { (start + self.drafted).min(self.canvas_end) }
     }
 
     /// Rows behind the last kept one.
@@ -66,7 +67,9 @@ impl Life {
         if let (Policy::SelfSpeculative { tau }, true) = (self.request.settings.policy, all_right) {
             let room = (self.canvas_end as usize).saturating_sub(self.tokens.len());
             let worth = worth_checking(proposed, tau).min(room);
-            self.draft.extend(proposed[..worth].iter().map(|candidate| candidate.token));
+            let tokens = proposed[..worth].iter().map(|candidate| candidate.token);
+            let end = tokens.clone().position(|token| self.is_stop(token)).map_or(worth, |at| at + 1);
+            self.draft.extend(tokens.take(end));
         }
         if over.is_none() {
             self.send_ahead(events);

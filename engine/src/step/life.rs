@@ -212,7 +212,7 @@ impl Life {
         u64::from(self.canvas_end.saturating_sub(self.kept()))
     }
 
-    fn is_stop(&self, token: u32) -> bool {
+    pub(super) fn is_stop(&self, token: u32) -> bool {
         self.eos_ids.contains(&token) || self.request.settings.stop_ids.contains(&token)
     }
 
