@@ -4,12 +4,14 @@
 //! not know models, requests or networks.
 //!
 //! Modules in reading order: `outline` (what a `tokenizer.json` may hold), [`tokenizer`], [`detokenize`] (never half a
-//! character), [`stop`] (stop strings over a stream), [`chat`] (templates in which what users wrote stays text).
+//! character), [`stop`] (stop strings over a stream), `template` (chat templates within limits), [`chat`] (in which what
+//! users wrote stays text).
 
 pub mod chat;
 pub mod detokenize;
 mod outline;
 pub mod stop;
+mod template;
 pub mod tokenizer;
 
 pub use chat::Message;

@@ -1,8 +1,8 @@
 //! Byte-level BPE tokenizers as `tokenizer.json` describes them.
 
 use crate::TextError;
-use crate::chat::Template;
 use crate::outline;
+use crate::template::Template;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
