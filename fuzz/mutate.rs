@@ -2,15 +2,35 @@
 
 use std::path::Path;
 
-/// Rounds that the normal suite takes; `UNMASK_FUZZ_ROUNDS` says how many instead.
-const ROUNDS: u64 = 2000;
 /// Most bytes that one round's file has.
 const BYTES_MAX: usize = 64 << 10;
 
 /// Numbers and pieces at the edges of what files may say.
 const PIECES: [&str; 24] = [
-    "0", "-1", "4294967296", "18446744073709551615", "1e999", "null", "true", "[", "]", "{", "}", "\"", ",", ":", "{{",
-    "}}", "{%", "%}", " ~ ", "|", "(", ")", "messages", "\u{f8fe}",
+    "0",
+    "-1",
+    "4294967296",
+    "18446744073709551615",
+    "1e999",
+    "null",
+    "true",
+    "[",
+    "]",
+    "{",
+    "}",
+    "\"",
+    ",",
+    ":",
+    "{{",
+    "}}",
+    "{%",
+    "%}",
+    " ~ ",
+    "|",
+    "(",
+    ")",
+    "messages",
+    "\u{f8fe}",
 ];
 
 /// A small generator: the rounds need no more, and must not change with a library.
@@ -23,13 +43,13 @@ impl Random {
     }
 }
 
-/// Calls `target` with changed seeds.
-pub fn fuzz(folder: &Path, seed: u64, mut target: impl FnMut(&[u8])) {
+/// Calls `target` with changed seeds, so many of them or as many as `UNMASK_FUZZ_ROUNDS` says.
+pub fn fuzz(folder: &Path, seed: u64, rounds: u64, mut target: impl FnMut(&[u8])) {
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let mut paths: Vec<_> = entries.collect();
     paths.sort();
     let seeds: Vec<Vec<u8>> = paths.iter().map(|path| std::fs::read(path).unwrap()).collect();
-    let rounds = std::env::var("UNMASK_FUZZ_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(ROUNDS);
+    let rounds = std::env::var("UNMASK_FUZZ_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(rounds);
     for round in 0..rounds {
         let mut random = Random(seed.wrapping_add(round).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let bytes = mutated(&seeds, &mut random);

@@ -19,11 +19,11 @@ fn seeds() -> PathBuf {
 }
 
 /// Loads a tiny model of which one file is another.
-fn load(target: &str, file: &str, seed: u64) {
+fn load(target: &str, file: &str, seed: u64, rounds: u64) {
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(seeds().join("tiny_config.json"), dir.path().join("config.json")).unwrap();
     std::fs::copy(seeds().join("safetensors/whole"), dir.path().join("model.safetensors")).unwrap();
-    mutate::fuzz(&seeds().join(target), seed, |bytes| {
+    mutate::fuzz(&seeds().join(target), seed, rounds, |bytes| {
         std::fs::write(dir.path().join(file), bytes).unwrap();
         if let (Ok(config), Ok(weights)) =
             (ModelConfig::load(dir.path(), &Default::default()), Weights::open(dir.path()))
@@ -35,10 +35,10 @@ fn load(target: &str, file: &str, seed: u64) {
 
 #[test]
 fn changed_configs_are_read_or_refused() {
-    load("config", "config.json", 3);
+    load("config", "config.json", 3, 200);
 }
 
 #[test]
 fn changed_weights_are_read_or_refused() {
-    load("safetensors", "model.safetensors", 4);
+    load("safetensors", "model.safetensors", 4, 2000);
 }

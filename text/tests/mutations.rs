@@ -22,7 +22,7 @@ fn changed_templates_end() {
     let small = std::fs::read(seeds("tokenizer").join("small.json")).unwrap();
     let said = [("system", "ab"), ("user", "a<|end|>b <|en"), ("assistant", "é\u{f8fe}0")];
     let messages = said.map(|(role, content)| Message { role: role.into(), content: content.into() });
-    mutate::fuzz(&seeds("chat_template"), 1, |bytes| {
+    mutate::fuzz(&seeds("chat_template"), 1, 2000, |bytes| {
         let template = String::from_utf8_lossy(bytes);
         if let Ok(tokenizer) = Tokenizer::from_files(&small, None, Some(&template)) {
             let _ = tokenizer.encode_chat(&messages);
@@ -33,7 +33,7 @@ fn changed_templates_end() {
 #[test]
 fn changed_tokenizers_are_read_or_refused() {
     let long = "ab1 ".repeat(2000);
-    mutate::fuzz(&seeds("tokenizer"), 2, |bytes| {
+    mutate::fuzz(&seeds("tokenizer"), 2, 2000, |bytes| {
         let Ok(tokenizer) = Tokenizer::from_files(bytes, None, None) else { return };
         for text in ["", "ab  <|end|>a\n\t", "e\u{301}漢😀\u{130}\u{fdfa}\u{0} <|end|", &long] {
             if let Ok(ids) = tokenizer.encode(text, Specials::Parse, true) {
