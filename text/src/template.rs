@@ -102,7 +102,7 @@ fn check_source(source: &str) -> Result<(), TextError> {
     }
     let whitespace = WhitespaceConfig { trim_blocks: true, lstrip_blocks: true, keep_trailing_newline: false };
     let (mut length, mut elifs) = (0, 0);
-    for token in tokenize(source, false, SyntaxConfig::default(), whitespace) {
+    for token in tokenize(source, false, SyntaxConfig, whitespace) {
         // What cannot be read is for the compiler to name.
         let Ok((token, span)) = token else { break };
         length += 1;

@@ -55,12 +55,7 @@ fn no_file_takes_more_memory_than_its_size_warrants() {
         } else {
             let template = String::from_utf8_lossy(&bytes);
             if let Ok(tokenizer) = Tokenizer::from_files(&small, None, Some(&template)) {
-                let r = tokenizer.encode_chat(&messages);
-                if let Err(e) = r {
-                    eprintln!("   {e}");
-                } else {
-                    eprintln!("   ok");
-                }
+                let _ = tokenizer.encode_chat(&messages);
             }
         }
         let peak = ALLOCATOR.max_allocated().saturating_sub(before);

@@ -89,16 +89,16 @@ pub(super) fn guarded<'a>(plain: &Instructions<'a>) -> Result<Instructions<'a>, 
     }
     moved.push(guarded.len() as u32);
     for at in jumps {
-        match guarded.get_mut(at) {
-            Some(
-                Instruction::Iterate(target)
-                | Instruction::Jump(target)
-                | Instruction::JumpIfFalse(target)
-                | Instruction::JumpIfFalseOrPop(target)
-                | Instruction::JumpIfTrueOrPop(target)
-                | Instruction::BuildMacro(_, target, _),
-            ) => *target = moved.get(*target as usize).copied().ok_or_else(|| refused("jumps nowhere".into()))?,
-            _ => {}
+        if let Some(
+            Instruction::Iterate(target)
+            | Instruction::Jump(target)
+            | Instruction::JumpIfFalse(target)
+            | Instruction::JumpIfFalseOrPop(target)
+            | Instruction::JumpIfTrueOrPop(target)
+            | Instruction::BuildMacro(_, target, _),
+        ) = guarded.get_mut(at)
+        {
+            *target = moved.get(*target as usize).copied().ok_or_else(|| refused("jumps nowhere".into()))?;
         }
     }
     Ok(guarded)
