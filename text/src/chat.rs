@@ -4,23 +4,9 @@
 //! as text afterwards. What the template writes around the messages is encoded with special tokens parsed. A message
 //! without such spellings gives exactly what encoding the rendered text gives.
 
-use crate::tokenizer::spelling;
 use crate::{Specials, TextError, Tokenizer};
-use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, ErrorKind, context};
 use std::collections::HashSet;
-use std::io;
 
-/// Longest template (bytes).
-const TEMPLATE_BYTES_MAX: usize = 1 << 20;
-/// Steps a template may take.
-const TEMPLATE_FUEL: u64 = 10_000_000;
-/// Longest text a template may make of a conversation (bytes).
-const RENDERED_BYTES_MAX: usize = 32 << 20;
-/// Widest indent of `tojson` (spaces).
-const INDENT_MAX: usize = 16;
-/// Filters that make as much text or as many items as a number says.
-const OVERSIZED: [&str; 5] = ["batch", "slice", "indent", "format", "wordwrap"];
 /// Opens and closes a marker; a private-use character that no template writes.
 const MARK: char = '\u{F8FE}';
 
@@ -31,90 +17,6 @@ pub struct Message {
     pub role: String,
     /// What was said.
     pub content: String,
-}
-
-/// A compiled template and the special tokens it may name.
-pub(crate) struct Template {
-    environment: Environment<'static>,
-    begin: String,
-    end: String,
-}
-
-impl Template {
-    /// The template of its own file, else of `tokenizer_config.json` (a string, or a list with one named "default").
-    pub(crate) fn find(own: &str, config: &serde_json::Value) -> Result<Option<Template>, TextError> {
-        let configured = match config.get("chat_template") {
-            Some(serde_json::Value::String(text)) => text.as_str(),
-            Some(serde_json::Value::Array(list)) => {
-                let default = list.iter().find(|entry| entry["name"] == "default");
-                default.and_then(|entry| entry["template"].as_str()).unwrap_or("")
-            }
-            _ => "",
-        };
-        let source = if own.is_empty() { configured } else { own };
-        if source.is_empty() {
-            return Ok(None);
-        }
-        if source.len() > TEMPLATE_BYTES_MAX {
-            return Err(TextError::Template(format!("is longer than {TEMPLATE_BYTES_MAX} bytes")));
-        }
-        // As transformers sets Jinja up.
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_fuel(Some(TEMPLATE_FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        OVERSIZED.iter().for_each(|filter| environment.remove_filter(filter));
-        environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_template_owned("chat", source.to_owned()).map_err(|e| TextError::Template(e.to_string()))?;
-        let token = |key: &str| spelling(&config[key]).unwrap_or("").to_owned();
-        Ok(Some(Template { environment, begin: token("bos_token"), end: token("eos_token") }))
-    }
-
-    fn render(&self, messages: &[Message]) -> Result<String, TextError> {
-        let template = self.environment.get_template("chat").map_err(|e| TextError::Template(e.to_string()))?;
-        let mut rendered = Rendered(Vec::new());
-        let values = context! {
-            messages => messages,
-            add_generation_prompt => true,
-            bos_token => self.begin,
-            eos_token => self.end,
-        };
-        let result = template.render_captured_to(values, &mut rendered).map(|_| ());
-        result.map_err(|e| TextError::Template(e.detail().map_or_else(|| e.to_string(), str::to_owned)))?;
-        String::from_utf8(rendered.0).map_err(|e| TextError::Template(e.to_string()))
-    }
-}
-
-/// The built-in filter with a limit: an indent takes as much memory as it says.
-fn to_json(value: &Value, indent: Option<Value>, args: Kwargs) -> Result<Value, minijinja::Error> {
-    let named: Option<Value> = if args.has("indent") { args.peek("indent")? } else { None };
-    let wide = |indent: &Value| indent.as_usize().is_some_and(|indent| indent > INDENT_MAX);
-    if indent.iter().chain(&named).any(wide) {
-        let reason = format!("tojson indents by {INDENT_MAX} at most");
-        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason));
-    }
-    minijinja::filters::tojson(value, indent, args)
-}
-
-/// Output with a limit: a template may loop.
-struct Rendered(Vec<u8>);
-
-impl io::Write for Rendered {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > RENDERED_BYTES_MAX {
-            return Err(io::Error::other(format!("writes more than {RENDERED_BYTES_MAX} bytes")));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 impl Tokenizer {

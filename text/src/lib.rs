@@ -3,13 +3,17 @@
 //! It knows `tokenizer.json` of any byte-level BPE model, its chat template, and when text can no longer change. It does
 //! not know models, requests or networks.
 //!
-//! Modules in reading order: `outline` (what a `tokenizer.json` may hold), [`tokenizer`], [`detokenize`] (never half a
-//! character), [`stop`] (stop strings over a stream), [`chat`] (templates in which what users wrote stays text).
+//! Modules in reading order: `outline` (what a `tokenizer.json` may hold), `split` (its patterns within a limit
+//! of time), [`tokenizer`], [`detokenize`] (never half a
+//! character), [`stop`] (stop strings over a stream), `template` (chat templates within limits), [`chat`] (in which what
+//! users wrote stays text).
 
 pub mod chat;
 pub mod detokenize;
 mod outline;
+mod split;
 pub mod stop;
+mod template;
 pub mod tokenizer;
 
 pub use chat::Message;

@@ -18,6 +18,8 @@ const STEPS_MAX: usize = 16;
 const PATTERN_BYTES_MAX: usize = 4096;
 /// Most counted repetitions (`{1,3}`) in a file's patterns: each may compile to megabytes.
 const REPETITIONS_MAX: usize = 8;
+/// Largest number of a counted repetition: those of nested ones are multiplied, and must not overflow.
+const REPEATED_MAX: u64 = 64;
 /// Largest id.
 const ID_MAX: u64 = 1 << 24;
 /// Longest list of problems.
@@ -215,17 +217,29 @@ fn pattern_problems(patterns: &[&str]) -> Vec<String> {
     if bytes > PATTERN_BYTES_MAX {
         found.push(format!("patterns take {bytes} bytes, at most {PATTERN_BYTES_MAX} are compiled"));
     }
-    // A brace with a digit behind it; `\x{3040}` is a character.
-    let counted = |pattern: &&str| {
-        let bytes = pattern.as_bytes();
-        let starts = bytes.windows(2).enumerate().filter(|(_, pair)| pair[0] == b'{' && pair[1].is_ascii_digit());
-        starts.filter(|(i, _)| !matches!(bytes[..*i], [.., b'\\', b'x' | b'u' | b'U'])).count()
+    let counted: Vec<&str> = patterns.iter().flat_map(|pattern| counts(pattern)).collect();
+    let large = |count: &&&str| {
+        let mut numbers = count.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
+        numbers.any(|number| number.parse::<u64>().map_or(true, |number| number > REPEATED_MAX))
     };
-    let repetitions: usize = patterns.iter().map(counted).sum();
+    if let Some(count) = counted.iter().find(large) {
+        let count: String = count.chars().take(20).collect();
+        found.push(format!("a pattern repeats {count} times, at most {REPEATED_MAX} are compiled"));
+    }
+    let repetitions = counted.len();
     if repetitions > REPETITIONS_MAX {
         found.push(format!("patterns have {repetitions} counted repetitions, at most {REPETITIONS_MAX} are compiled"));
     }
     found
+}
+
+/// What stands in the braces of counted repetitions: those with a digit at their beginning. `\x{3040}` is a character.
+fn counts(pattern: &str) -> Vec<&str> {
+    let bytes = pattern.as_bytes();
+    let starts =
+        bytes.windows(2).enumerate().filter(|(_, pair)| pair[0] == b'{' && matches!(pair[1], b'0'..=b'9' | b','));
+    let repeats = starts.filter(|(i, _)| !matches!(bytes[..*i], [.., b'\\', b'x' | b'u' | b'U']));
+    repeats.map(|(i, _)| pattern[i + 1..].split('}').next().unwrap_or("")).collect()
 }
 
 #[cfg(test)]
@@ -273,7 +287,9 @@ mod tests {
             (file(json!({ "post_processor": { "type": "TemplateProcessing", "single": [text, text] } })), "repeats"),
             (file(json!({ "decoder": { "decoders": vec![json!({}); 17] } })), "18 steps"),
             (file(pattern(&r"\w".repeat(3000))), "6000 bytes"),
-            (file(pattern(&r"\w{99}(?!x)".repeat(9))), "9 counted repetitions"),
+            (file(pattern(&r"\w{9}(?!x)".repeat(9))), "9 counted repetitions"),
+            (file(pattern(r"\w{2,65}")), "repeats 2,65 times"),
+            (file(pattern(r"\w{18446744073709551616}")), "repeats 18446744073709551616 times"),
         ] {
             let found = problems(&json);
             assert!(found.len() == 1 && found[0].contains(part), "{part}: {found:?}");

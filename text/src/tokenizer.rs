@@ -1,12 +1,16 @@
 //! Byte-level BPE tokenizers as `tokenizer.json` describes them.
 
 use crate::TextError;
-use crate::chat::Template;
 use crate::outline;
+use crate::split::Steps;
+use crate::template::Template;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use tokenizers::AddedToken;
+use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, TokenizerImpl};
+
+/// The tokenizers crate's, with pre-tokenizers of our own.
+type Inner = TokenizerImpl<ModelWrapper, NormalizerWrapper, Steps, PostProcessorWrapper, DecoderWrapper>;
 
 /// What text that spells a special token means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,9 +23,9 @@ pub enum Specials {
 
 /// A tokenizer, its chat template, and the bytes of every token.
 pub struct Tokenizer {
-    parsing: tokenizers::Tokenizer,
+    parsing: Inner,
     /// The same, with special tokens taken for text.
-    literal: tokenizers::Tokenizer,
+    literal: Inner,
     template: Option<Template>,
     bytes: Vec<Vec<u8>>,
     special: Vec<bool>,
@@ -47,8 +51,8 @@ impl Tokenizer {
         if !problems.is_empty() {
             return Err(bad("tokenizer.json", problems.join("; ")));
         }
-        let mut parsing = tokenizers::Tokenizer::from_bytes(tokenizer_json)
-            .map_err(|error| bad("tokenizer.json", error.to_string()))?;
+        let mut parsing =
+            Inner::from_bytes(tokenizer_json).map_err(|error| bad("tokenizer.json", error.to_string()))?;
         if !matches!(parsing.get_model(), tokenizers::models::ModelWrapper::BPE(_)) {
             return Err(bad("tokenizer.json", "model.type must be BPE: others are not read".into()));
         }
@@ -181,7 +185,7 @@ pub(crate) fn spelling(value: &Value) -> Option<&str> {
 }
 
 /// Bytes of every id, and which ids are special.
-fn token_bytes(tokenizer: &tokenizers::Tokenizer, named: &[String]) -> (Vec<Vec<u8>>, Vec<bool>) {
+fn token_bytes(tokenizer: &Inner, named: &[String]) -> (Vec<Vec<u8>>, Vec<bool>) {
     let unmap = byte_alphabet();
     let added = tokenizer.get_added_tokens_decoder();
     let vocab = tokenizer.get_vocab(true);

@@ -132,7 +132,41 @@ fn broken_files_are_named() {
 static LLAMA: LazyLock<Tokenizer> = LazyLock::new(|| load("llama", ""));
 static SDAR: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(load("sdar", "")));
 
+/// The tokenizers crate's own reading of a family's file.
+fn plain(family: &str) -> tokenizers::Tokenizer {
+    tokenizers::Tokenizer::from_bytes(read(family, "tokenizer.json")).unwrap()
+}
+
+static PLAIN: LazyLock<Vec<(Tokenizer, tokenizers::Tokenizer)>> =
+    LazyLock::new(|| FAMILIES.iter().map(|family| (load(family, ""), plain(family))).collect());
+
+#[test]
+fn limits_on_patterns_leave_long_texts_as_they_are() {
+    let code = include_str!("golden.rs").repeat(100);
+    for text in [
+        &code,
+        &(" ".repeat(9000) + "x").repeat(10),
+        &"\n \t".repeat(50_000),
+        &"x".repeat(100_000),
+        &"\0\u{378}".repeat(50_000),
+    ] {
+        for (ours, plain) in &*PLAIN {
+            let ids = ours.encode(text, Specials::Parse, false).unwrap();
+            let expected = plain.encode_fast(text.as_str(), false).unwrap();
+            assert_eq!(ids, expected.get_ids());
+        }
+    }
+}
+
 proptest! {
+    #[test]
+    fn limits_on_patterns_change_no_ids(text in "(\\PC|[ \n\r\t0-9a-z'\u{0}-\u{ff}]){0,60}") {
+        for (ours, plain) in &*PLAIN {
+            let expected = plain.encode_fast(text.as_str(), false).unwrap();
+            prop_assert_eq!(ours.encode(&text, Specials::Parse, false).unwrap(), expected.get_ids());
+        }
+    }
+
     #[test]
     fn text_survives_the_round_trip(text in "\\PC{0,40}") {
         // Llama's does not normalise.

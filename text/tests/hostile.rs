@@ -5,7 +5,11 @@
 use proptest::prelude::*;
 use std::path::Path;
 use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 use unmask_text::{Message, Specials, TextError, Tokenizer};
+
+/// Longest that a seed may take: most take milliseconds, and the machine has others to serve.
+const SECONDS_MAX: Duration = Duration::from_secs(20);
 
 /// Name and bytes of every seed of a fuzz target.
 fn seeds(target: &str) -> Vec<(String, Vec<u8>)> {
@@ -55,14 +59,18 @@ fn converse(template: &[u8]) -> Result<Vec<u32>, TextError> {
 fn hostile_tokenizers_are_refused_by_name() {
     let read = [
         "added_twice.json",
+        "backreference.json",
         "backtracking.json",
         "empty_matches.json",
         "endless_padding.json",
         "llama.json",
         "lowercase_kelvin.json",
+        "many_ways_at_every_place.json",
         "merge_in_a_circle.json",
         "merge_of_empty.json",
         "same_id_twice.json",
+        "quadratic_pattern.json",
+        "quadratic_without_looking.json",
         "sdar.json",
         "small.json",
         "unknown_token_is_missing.json",
@@ -80,11 +88,30 @@ fn hostile_tokenizers_are_refused_by_name() {
 }
 
 #[test]
+fn patterns_that_take_long_are_an_error_and_not_another_split() {
+    for (name, why, text) in [
+        ("backtracking.json", "gives up at byte 0", "a"),
+        ("many_ways_at_every_place.json", "gives up at byte 0", "ab"),
+        ("quadratic_pattern.json", "too long for this text", "ab"),
+        ("quadratic_without_looking.json", "too long for this text", "ab"),
+    ] {
+        let long = text.repeat(100_000);
+        let tokenizer = Tokenizer::from_files(&seed("tokenizer", name), None, None).unwrap();
+        let started = Instant::now();
+        let result = tokenizer.encode(&long, Specials::Parse, false).map(|ids| ids.len());
+        assert!(result.clone().is_err_and(|error| error.to_string().contains(why)), "{name}: {result:?}");
+        assert!(started.elapsed() < SECONDS_MAX, "{name} took {:?}", started.elapsed());
+    }
+}
+
+#[test]
 fn hostile_templates_end() {
     for (name, bytes) in seeds("chat_template") {
+        let started = Instant::now();
         let result = std::panic::catch_unwind(|| converse(&bytes)).unwrap_or_else(|_| panic!("{name}"));
         let harmless = ["messages.jinja", "namespace.jinja", "macro.jinja", "config.json"].contains(&name.as_str());
         assert!(result.is_ok() || !harmless, "{name}: {result:?}");
+        assert!(started.elapsed() < SECONDS_MAX, "{name} took {:?}", started.elapsed());
     }
 }
 
