@@ -56,6 +56,9 @@ pub struct DrainArgs {
     /// The controller
     #[command(flatten)]
     pub at: ControllerAddress,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `unmask policy set`
@@ -92,6 +95,9 @@ pub struct SetArgs {
     /// With --threshold: masks draft that far ahead and causal rows decide; a draft must be right with that probability
     #[arg(long, requires = "threshold")]
     pub self_speculative: bool,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 type Client = AdminServiceClient<Channel>;
@@ -148,7 +154,11 @@ pub fn drain(args: &DrainArgs) -> anyhow::Result<ExitCode> {
         let request = request.clone();
         async move { client.drain(request).await }
     }))?;
-    output::note(&format!("{} finishes what it holds and leaves", args.worker));
+    if args.json {
+        output::out(&format!("{:#}\n", json!({ "worker_id": args.worker, "draining": true })))?;
+    } else {
+        output::note(&format!("{} finishes what it holds and leaves", args.worker));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -187,7 +197,11 @@ pub fn set(args: &SetArgs) -> anyhow::Result<ExitCode> {
         let request = request.clone();
         async move { client.set_policy(request).await.map(tonic::Response::into_inner) }
     }))?;
-    output::note(&format!("{}: revision {}", args.model, answer.revision));
+    if args.json {
+        output::out(&format!("{:#}\n", json!({ "model": args.model, "revision": answer.revision })))?;
+    } else {
+        output::note(&format!("{}: revision {}", args.model, answer.revision));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

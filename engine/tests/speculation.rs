@@ -20,7 +20,7 @@ fn model() -> &'static Arc<Model> {
     MODEL.get_or_init(|| load("models/python-tasks-3m"))
 }
 
-/// `def` and some letters, as the bundled tokenizer has them by byte: whatever follows is Python more often than not.
+/// Ids that mean nothing together.
 fn prompt(len: u32, id: u64) -> Vec<u32> {
     (0..len).map(|i| 5 + (i * 37 + id as u32 * 11) % 900).collect()
 }
@@ -37,10 +37,13 @@ struct Answer {
     end: Option<(Reason, u32)>,
 }
 
-fn run(engine: &mut Engine) -> BTreeMap<u64, Answer> {
-    let (mut answers, mut events) = (BTreeMap::<u64, Answer>::new(), Vec::new());
+/// Steps to the end; `between` sees the engine after each step, with the number of steps.
+fn run(engine: &mut Engine, between: impl Fn(&mut Engine, u64)) -> BTreeMap<u64, Answer> {
+    let (mut answers, mut events, mut steps) = (BTreeMap::<u64, Answer>::new(), Vec::new(), 0);
     while engine.has_work() {
         engine.step(&mut events);
+        steps += 1;
+        between(engine, steps);
         for event in events.drain(..) {
             let answer = answers.entry(event.id().0).or_default();
             match event {
@@ -58,7 +61,7 @@ fn run(engine: &mut Engine) -> BTreeMap<u64, Answer> {
 fn alone(request: Request) -> Answer {
     let mut engine = Engine::new(Arc::clone(model()), Limits { pages: 64, ..Limits::default() });
     engine.submit(request).unwrap();
-    run(&mut engine).into_values().next().unwrap()
+    run(&mut engine, |_, _| {}).into_values().next().unwrap()
 }
 
 proptest! {
@@ -112,22 +115,11 @@ fn passes_do_not_depend_on_others_nor_on_pre_emption() {
     for (pages, rows_max, every) in [(256, 512, 0), (14, 256, 0), (256, 256, 3)] {
         let mut engine = Engine::new(Arc::clone(model()), Limits { pages, rows_max, ..Limits::default() });
         requests.iter().for_each(|r| engine.submit(r.clone()).unwrap());
-        let (mut answers, mut events, mut step) = (BTreeMap::<u64, Answer>::new(), Vec::new(), 0u64);
-        while engine.has_work() {
-            engine.step(&mut events);
-            step += 1;
+        let answers = run(&mut engine, |engine, step| {
             if every > 0 && step.is_multiple_of(every) {
                 engine.preempt(RequestId(step % 12));
             }
-            for event in events.drain(..) {
-                let answer = answers.entry(event.id().0).or_default();
-                match event {
-                    Event::Commit { tokens, .. } => answer.tokens.extend(tokens),
-                    Event::Finished { reason, nfe, .. } => answer.end = Some((reason, nfe)),
-                    _ => {}
-                }
-            }
-        }
+        });
         assert_eq!(answers, expected, "{pages} pages, {rows_max} rows, sent back every {every} steps");
         assert!(every == 0 || engine.load().preemptions > 0);
     }

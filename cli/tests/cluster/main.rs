@@ -351,7 +351,7 @@ async fn a_drained_worker_leaves_and_no_stream_notices() {
     load.progress(STREAMS).await;
     let first = cluster.workers[0].address.clone();
     assert!(unmask(&cluster, &["status"]).contains(&first));
-    unmask(&cluster, &["drain", &first]);
+    assert!(unmask(&cluster, &["drain", &first, "--json"]).contains("\"draining\": true"));
     cluster.serving(0, 1).await;
     load.progress(STREAMS).await;
     cluster.workers.remove(0).ended();
@@ -390,8 +390,8 @@ async fn a_policy_holds_for_requests_that_name_no_settings() {
     assert_eq!((now.block_size, now.origins["policy"].as_str()), (4, "policy"));
     let own = settings(request(0)).await;
     assert_eq!(own.policy_revision, now.policy_revision, "a request that names only a temperature follows it too");
-    let automatic = ["policy", "set", "--model", model, "--automatic", "--latency-ms", "20"];
-    unmask(&cluster, &automatic);
+    let automatic = ["policy", "set", "--model", model, "--automatic", "--latency-ms", "20", "--json"];
+    assert!(unmask(&cluster, &automatic).contains("\"revision\""));
     let said = unmask(&cluster, &["policy", "get"]);
     assert!(said.contains("automatic, a block within 20 ms"), "{said}");
 }

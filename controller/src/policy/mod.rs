@@ -37,14 +37,6 @@ pub struct Load {
     pub block_sizes: Vec<u32>,
 }
 
-impl Prediction {
-    /// With everything so many times as fast.
-    fn times(self, factor: f64) -> Prediction {
-        let Prediction { rows, step_ms, block_ms, tokens_per_s } = self;
-        Prediction { rows, step_ms: step_ms / factor, block_ms: block_ms / factor, tokens_per_s: tokens_per_s * factor }
-    }
-}
-
 /// What a way to decode would do under a load.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Prediction {
@@ -56,6 +48,14 @@ pub struct Prediction {
     pub block_ms: f64,
     /// Tokens committed per second, all requests together.
     pub tokens_per_s: f64,
+}
+
+impl Prediction {
+    /// With everything so many times as fast.
+    fn times(self, factor: f64) -> Prediction {
+        let Prediction { rows, step_ms, block_ms, tokens_per_s } = self;
+        Prediction { rows, step_ms: step_ms / factor, block_ms: block_ms / factor, tokens_per_s: tokens_per_s * factor }
+    }
 }
 
 /// Predicts one measured way to decode.

@@ -86,8 +86,7 @@ impl Row {
 
     /// Passes from one commit to the next: a block's, or one where causal rows decide.
     pub fn passes_per_commit(&self) -> f64 {
-        let commit = if self.self_speculative { self.tpf } else { f64::from(self.block_size) };
-        commit / self.tpf
+        if self.self_speculative { 1.0 } else { f64::from(self.block_size) / self.tpf }
     }
 }
 
