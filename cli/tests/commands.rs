@@ -182,6 +182,21 @@ fn generate_streams_through_the_whole_path_and_repeats_itself() {
     assert!(kinds.iter().any(|kind| kind == "draft") && kinds.iter().any(|kind| kind == "commit"));
 }
 
+/// A prompt that ends inside a word goes on with the word, and its text stays as typed.
+#[test]
+fn generate_completes_a_word() {
+    let prompt = "# Return True if the word is a palind";
+    let output = stdout(&unmask(&["generate", prompt]));
+    assert!(output.starts_with(&format!("{prompt}rome")) && output.contains("\ndef "), "{output}");
+    let events = stdout(&unmask(&["generate", prompt, "--json"]));
+    let text: String = events
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter_map(|event| event.pointer("/commit/text").and_then(Value::as_str).map(str::to_owned))
+        .collect();
+    assert!(text.starts_with("rome") && output.contains(&text), "{text}");
+}
+
 #[test]
 fn generate_says_what_is_wrong() {
     let error = |more: &[&str]| {

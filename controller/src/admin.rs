@@ -16,7 +16,7 @@ use unmask_proto::v1::{
 };
 
 /// Largest block.
-const BLOCK_SIZE_MAX: u32 = 256;
+const BLOCK_SIZE_MAX: u32 = 1024;
 /// Longest latency target (milliseconds).
 const LATENCY_MS_MAX: f64 = 3_600_000.0;
 

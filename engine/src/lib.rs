@@ -5,6 +5,7 @@
 //!
 //! Modules in reading order:
 //! - [`request`]: what may be asked, the states of a request, the events it causes
+//! - [`opening`]: how an output must begin
 //! - [`policy`]: the closed set of decoding rules, one pure function each
 //! - [`block`]: the open block and how a policy's choice changes it
 //! - [`draw`], [`sample`]: counter-based randomness, top-k and top-p
@@ -22,6 +23,7 @@ pub mod draw;
 pub mod failpoints;
 pub mod group;
 pub mod model;
+pub mod opening;
 pub mod pages;
 pub mod plan;
 pub mod policy;

@@ -8,6 +8,7 @@ pub use loops::{LoopKind, Parameters};
 use crate::group::wire::Pass;
 use crate::model::{LoadError, Model, Reach, row_end};
 use crate::pages::Pages;
+use crate::plan::PROMPT_SHARE;
 use crate::request::{BLOCK_SIZE_MAX, BlockTrace, Edit, Event, Fill, Refusal, Request, RequestId};
 use crate::step::{Engine, Limits};
 use loops::{Prepared, prepare};
@@ -74,7 +75,12 @@ pub struct RawOutcome {
 pub fn decode(model: &Arc<Model>, request: &RawDecode) -> Result<RawOutcome, RawError> {
     let prepared = prepare(model, request.loop_kind, &request.parameters, request.prompt.len() as u32)?;
     let positions = request.prompt.len() as u32 + prepared.settings.max_tokens + BLOCK_SIZE_MAX;
-    let limits = Limits { pages: Pages::needed(positions), active_max: 1, queue_max: 1, ..Limits::default() };
+    // Where a pass computes everything, all of it fits a step, with what is kept for prompts.
+    let whole = model.config().open_reach == Reach::Bidirectional;
+    let rows_max = if whole { positions / (PROMPT_SHARE - 1) * PROMPT_SHARE + PROMPT_SHARE } else { 0 };
+    let Limits { rows_max: usual, .. } = Limits::default();
+    let (pages, rows_max) = (Pages::needed(positions), rows_max.max(usual));
+    let limits = Limits { pages, rows_max, active_max: 1, queue_max: 1, ..Limits::default() };
     run(&mut Engine::new(Arc::clone(model), limits), request, &prepared)
 }
 

@@ -1,12 +1,15 @@
 //! What may be asked of an engine, and what it answers.
 
+use crate::opening::Opening;
 use crate::policy::Policy;
 use thiserror::Error;
 
 /// Longest prompt plus output one request may have, whatever the model's context (positions).
 pub const POSITIONS_MAX: u32 = 1 << 20;
-/// Largest block (positions).
+/// Largest block of models that keep what is before it (positions).
 pub const BLOCK_SIZE_MAX: u32 = 64;
+/// Largest block of models whose passes compute everything anyway (positions): Dream's authors decode an output as one.
+pub const WHOLE_BLOCK_SIZE_MAX: u32 = 1024;
 /// Most stop ids of one request.
 pub const STOP_IDS_MAX: usize = 64;
 
@@ -39,6 +42,8 @@ pub struct Request {
     pub salt: u64,
     /// A text to edit instead of one to generate.
     pub draft: Option<DraftText>,
+    /// How the output must begin, where causal rows decide it.
+    pub opening: Option<Opening>,
     /// Raw access for comparisons: any block size, and [`Event::Trace`] for every block.
     pub raw: bool,
 }
@@ -57,6 +62,7 @@ impl Request {
             deadline: None,
             salt: 0,
             draft: None,
+            opening: None,
             raw: false,
         }
     }

@@ -4,24 +4,36 @@ use crate::policy::Candidate;
 use crate::request::Settings;
 use unmask_kernels::{Bans, Record, gumbel};
 
-/// Replaces a record's draw by one from its logits without what top-k, top-p and suppressed ids leave out; confidence
+/// What may not win whatever its logit.
+#[derive(Clone, Copy)]
+pub struct Bars<'a> {
+    /// Of the model.
+    pub bans: &'a Bans,
+    /// Where only some may: which, ascending.
+    pub among: Option<&'a [u32]>,
+}
+
+/// Replaces a record's draw by one from its logits without what top-k, top-p, bars and suppressed ids leave out; confidence
 /// stays that of the full distribution.
 pub fn refine(
     record: &mut Record,
     logits: &[f32],
-    bans: &Bans,
+    bars: Bars<'_>,
     settings: &Settings,
     key: [u32; 2],
     scratch: &mut Vec<(f32, u32)>,
 ) {
     let Settings { sampling, manner, .. } = settings;
     let barred = |id: u32| !manner.suppressed_win && manner.suppress.contains(&id);
-    let allowed = |id: u32| (id as usize) < bans.vocab && bans.argmax.binary_search(&id).is_err() && !barred(id);
+    let Bars { bans, among } = bars;
+    let listed = |id: u32| among.is_none_or(|among| among.binary_search(&id).is_ok());
+    let allowed =
+        |id: u32| (id as usize) < bans.vocab && bans.argmax.binary_search(&id).is_err() && !barred(id) && listed(id);
     let chosen = if sampling.temperature > 0.0 {
         filtered(logits, allowed, sampling.temperature, sampling.top_k, sampling.top_p, key, scratch)
     } else {
-        let among = logits.iter().zip(0u32..).filter(|&(x, id)| !x.is_nan() && allowed(id));
-        among.max_by(|a, b| a.0.total_cmp(b.0).then(b.1.cmp(&a.1))).map(|(_, id)| id)
+        let left = logits.iter().zip(0u32..).filter(|&(x, id)| !x.is_nan() && allowed(id));
+        left.max_by(|a, b| a.0.total_cmp(b.0).then(b.1.cmp(&a.1))).map(|(_, id)| id)
     };
     if let Some(id) = chosen {
         record.chosen = id;

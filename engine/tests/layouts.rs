@@ -45,6 +45,7 @@ fn model(reach: Reach, shift: bool) -> Arc<Model> {
         mask_id: Some(MASK),
         eos_ids: Vec::new(),
         infill: None,
+        heal: false,
         edit: true,
         decode: DecodeDefaults { block_size: BLOCK, policy: POLICY, max_tokens: MAX_TOKENS, temperature: 0.0 },
         entries: Vec::new(),
@@ -75,17 +76,17 @@ fn records(model: &Model, ids: &[u32]) -> Vec<Record> {
 }
 
 /// The plainest loop. Returns the tokens after the prompt, denoise passes, and passes that gave a block its first token.
-fn plain(model: &Model, prompt: &[u32]) -> (Vec<u32>, u32, u32) {
+fn plain(model: &Model, prompt: &[u32], max_tokens: u32, block: u32) -> (Vec<u32>, u32, u32) {
     let (whole, shift) = (model.config().open_reach == Reach::Bidirectional, model.config().shift);
-    let (len, limit) = (prompt.len(), prompt.len() + MAX_TOKENS as usize);
+    let (len, limit) = (prompt.len(), prompt.len() + max_tokens as usize);
     let origin = if whole { len } else { 0 };
     let mut canvas = prompt.to_vec();
-    canvas.resize(origin + (limit - origin).next_multiple_of(BLOCK as usize), MASK);
+    canvas.resize(origin + (limit - origin).next_multiple_of(block as usize), MASK);
     let (mut passes, mut firsts) = (0, 0);
     let mut masked: Vec<bool> = (0..canvas.len()).map(|i| i >= len).collect();
-    let first_block = if whole { len } else { len - len % BLOCK as usize };
-    for start in (first_block..canvas.len()).step_by(BLOCK as usize) {
-        let end = start + BLOCK as usize;
+    let first_block = if whole { len } else { len - len % block as usize };
+    for start in (first_block..canvas.len()).step_by(block as usize) {
+        let end = start + block as usize;
         if shift && !whole && masked[start] {
             canvas[start] = records(model, &canvas[..start])[start - 1].argmax;
             masked[start] = false;
@@ -113,6 +114,26 @@ fn plain(model: &Model, prompt: &[u32]) -> (Vec<u32>, u32, u32) {
         }
     }
     (canvas[len..limit].to_vec(), passes, firsts)
+}
+
+/// As Dream's authors do: the whole output is one block, longer than one that others may have.
+#[test]
+fn one_block_can_be_the_whole_output() {
+    for shift in [false, true] {
+        let model = model(Reach::Bidirectional, shift);
+        let prompt: Vec<u32> = request(0, 21).prompt;
+        let mut whole = request(0, 21);
+        (whole.raw, whole.settings.max_tokens, whole.settings.block_size) = (true, 100, 100);
+        let (answers, reports) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &[whole.clone()]);
+        let (tokens, passes, _) = plain(&model, &prompt, 100, 100);
+        assert_eq!(answers[0], (tokens, passes), "shift {shift}");
+        assert!(reports.iter().all(|report| report.open_rows == 121));
+        // Beyond the context there are no positions.
+        whole.settings.block_size = 640;
+        let wide = Limits { rows_max: 1024, ..limits(64) };
+        let refusal = Engine::new(Arc::clone(&model), wide).submit(whole).unwrap_err().to_string();
+        assert!(refusal.contains("block_size: the last block of 640 would end at 661"), "{refusal}");
+    }
 }
 
 /// Tokens and passes of each request, and what the steps carried.
@@ -152,7 +173,7 @@ fn every_layout_gives_the_tokens_of_the_plainest_loop() {
         // So few pages that requests are sent back and go on later (I1).
         let (tight, _) = run(&mut Engine::new(Arc::clone(&model), limits(4)), &requests);
         for (request, answer) in requests.iter().zip(&together) {
-            let (tokens, passes, firsts) = plain(&model, &request.prompt);
+            let (tokens, passes, firsts) = plain(&model, &request.prompt, MAX_TOKENS, BLOCK);
             assert_eq!(answer, &(tokens, passes + firsts), "{reach:?}, shift {shift}, {} tokens", request.prompt.len());
         }
         assert_eq!(together, tight, "{reach:?}, shift {shift}");
@@ -191,7 +212,7 @@ fn reused_keys_do_not_depend_on_being_sent_back() {
 fn a_shifted_block_costs_its_steps_and_one_store() {
     let model = model(Reach::Block, true);
     let (answers, reports) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &[request(0, 16)]);
-    let (_, denoise, firsts) = plain(&model, &request(0, 16).prompt);
+    let (_, denoise, firsts) = plain(&model, &request(0, 16).prompt, MAX_TOKENS, BLOCK);
     assert_eq!(firsts, MAX_TOKENS / BLOCK);
     assert_eq!(answers[0].1, denoise + firsts);
     assert_eq!(reports.len() as u32, denoise + firsts, "one pass each, the prompt's being the first store");
@@ -203,7 +224,7 @@ fn a_shifted_block_costs_its_steps_and_one_store() {
 fn a_bidirectional_pass_computes_the_canvas() {
     let model = model(Reach::Bidirectional, false);
     let (_, reports) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &[request(0, 17)]);
-    assert_eq!(reports.len() as u32, plain(&model, &request(0, 17).prompt).1);
+    assert_eq!(reports.len() as u32, plain(&model, &request(0, 17).prompt, MAX_TOKENS, BLOCK).1);
     assert!(reports.iter().all(|report| (report.kept_rows, report.open_rows) == (0, 17 + MAX_TOKENS)));
 }
 

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use unmask_engine::policy::Policy;
+use unmask_engine::opening::{Choice, Opening};
+use unmask_engine::policy::{Comparison, Policy};
 use unmask_engine::{
     Engine, Event, Limits, LoadOptions, Model, Reason, Refusal, Request, RequestId, Sampling, Settings,
 };
@@ -179,4 +180,63 @@ fn what_it_cannot_honour_is_refused_by_name() {
         other.prompt = vec![7, 8, 9];
         assert!(refused(&load(&format!("tests/golden/{family}")), other).contains("policy"), "{family}");
     }
+}
+
+/// Some ways to spell four units, by tokens that mean nothing.
+fn opening() -> Opening {
+    let place = |place: u32| {
+        let choice = |i: u32| Choice { token: 20 + (place * 53 + i * 17) % 900, next: place + 1 + i % 3 };
+        let mut choices: Vec<Choice> = (0..12).map(choice).collect();
+        choices.sort_by_key(|choice| choice.token);
+        choices.dedup_by_key(|choice| choice.token);
+        choices
+    };
+    Opening::new((0..4).map(place).collect()).unwrap()
+}
+
+/// An output begins as it must, goes on as it would have from there, and drafts change none of it.
+#[test]
+fn an_opening_is_kept_whatever_decides() {
+    for (id, temperature) in [(1u64, 0.0), (2, 0.0), (3, 0.9), (4, 1.5)] {
+        let ask = |policy: Policy, block_size: u32| {
+            let mut asked = request(id, 9, block_size, policy, temperature);
+            asked.opening = Some(opening());
+            asked
+        };
+        let one_by_one = alone(ask(Policy::Autoregressive, 1));
+        let spelled = (0..).find(|&n| opening().after(&one_by_one.tokens[..n]).is_none()).unwrap();
+        for n in 0..spelled {
+            let (opening, next) = (opening(), one_by_one.tokens[n]);
+            let choices = opening.after(&one_by_one.tokens[..n]).unwrap();
+            assert!(choices.iter().any(|choice| choice.token == next), "{next} in place {n}");
+        }
+        assert!(spelled >= 2, "four units, at most three at a time");
+        let drafted = alone(ask(POLICY, 16));
+        assert_eq!(drafted.tokens, one_by_one.tokens);
+        for cut in 0..=one_by_one.tokens.len() {
+            let mut rest = ask(POLICY, 16);
+            rest.committed = one_by_one.tokens[..cut].to_vec();
+            assert_eq!([&one_by_one.tokens[..cut], &alone(rest).tokens].concat(), one_by_one.tokens, "cut at {cut}");
+        }
+        let mut behind = request(id, 9, 1, Policy::Autoregressive, temperature);
+        behind.committed = one_by_one.tokens[..spelled].to_vec();
+        assert_eq!(alone(behind).tokens, one_by_one.tokens[spelled..]);
+    }
+}
+
+#[test]
+fn an_opening_needs_causal_rows_and_known_tokens() {
+    let refused = |request: Request| {
+        let mut engine = Engine::new(Arc::clone(model()), Limits { pages: 64, ..Limits::default() });
+        match engine.submit(request) {
+            Err(Refusal::Invalid(found)) => found[0].to_string(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let threshold = Policy::Threshold { tau: 0.9, comparison: Comparison::Strict, quota_steps: None };
+    let blocks = Request { opening: Some(opening()), ..request(1, 4, 8, threshold, 0.0) };
+    assert!(refused(blocks).starts_with("opening: needs a policy"));
+    let unknown = Opening::new(vec![vec![Choice { token: 5000, next: 1 }]]).unwrap();
+    let unknown = Request { opening: Some(unknown), ..request(1, 4, 8, POLICY, 0.0) };
+    assert!(refused(unknown).starts_with("opening: token 5000 is out of range"));
 }

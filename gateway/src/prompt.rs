@@ -1,8 +1,53 @@
-//! A valid request's prompt in token ids.
+//! A valid request's prompt in token ids, and how the output must begin where they leave its last word out.
 
 use crate::validate::Input;
-use unmask_proto::v1::InfillTokens;
-use unmask_text::{Specials, TextError, Tokenizer};
+use unmask_proto::v1::policy::Kind;
+use unmask_proto::v1::{Capabilities, InfillTokens, OpeningPlace, ResolvedSettings};
+use unmask_text::{Specials, Tail, TextError, Tokenizer};
+
+/// A prompt as a worker takes it.
+#[derive(Debug, Default)]
+pub(crate) struct Prompt {
+    pub ids: Vec<u32>,
+    /// What of the prompt the ids leave out: the output begins with it.
+    pub tail: Option<Tail>,
+}
+
+impl Prompt {
+    /// The prompt of a valid request. Its last word is left out where the model takes that and causal rows decide.
+    ///
+    /// # Errors
+    /// As [`encode`].
+    pub(crate) fn of(
+        tokenizer: &Tokenizer,
+        input: &Input,
+        suffix: Option<&str>,
+        settings: &ResolvedSettings,
+        capabilities: &Capabilities,
+    ) -> Result<Self, TextError> {
+        let kind = settings.policy.and_then(|policy| policy.kind);
+        let causal = matches!(kind, Some(Kind::Autoregressive(_) | Kind::SelfSpeculative(_)));
+        if let (Input::Text(text), None, true) = (input, suffix, capabilities.heal && causal) {
+            let (ids, tail) = tokenizer.encode_but_last_word(text)?;
+            return Ok(Self { ids, tail });
+        }
+        Ok(Self { ids: encode(tokenizer, input, suffix, capabilities.infill)?, tail: None })
+    }
+
+    /// The tail as workers take it.
+    pub(crate) fn opening(&self) -> Vec<OpeningPlace> {
+        let place = |ways: &Vec<(u32, u32)>| {
+            let (token_ids, next) = ways.iter().copied().unzip();
+            OpeningPlace { token_ids, next }
+        };
+        self.tail.iter().flat_map(|tail| &tail.ways).map(place).collect()
+    }
+
+    /// Text that the output begins with, and that its user has.
+    pub(crate) fn typed(&self) -> &str {
+        self.tail.as_ref().map_or("", |tail| &tail.typed)
+    }
+}
 
 /// Token ids of a prompt. What users write never gives a special token; the begin token (where the tokenizer adds one),
 /// the chat template and the infill sentinels do.
@@ -11,7 +56,7 @@ use unmask_text::{Specials, TextError, Tokenizer};
 ///
 /// # Errors
 /// The tokenizer or the chat template refuses the input.
-pub(crate) fn encode(
+fn encode(
     tokenizer: &Tokenizer,
     input: &Input,
     suffix: Option<&str>,

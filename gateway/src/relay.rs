@@ -17,8 +17,8 @@ use unmask_proto::failpoints::{Bug, planted};
 use unmask_proto::rich;
 use unmask_proto::v1::run_response::Event as WorkerEvent;
 use unmask_proto::v1::{
-    DraftText, Finish, FinishReason, GenerateResponse, ModelDescriptor, ResolvedSettings, RunRequest, RunResponse,
-    Started, Usage, generate_response::Event,
+    DraftText, Finish, FinishReason, GenerateResponse, ModelDescriptor, OpeningPlace, ResolvedSettings, RunRequest,
+    RunResponse, Started, Usage, generate_response::Event,
 };
 
 /// Events a client may leave unread before its stream pauses.
@@ -35,6 +35,8 @@ pub(crate) struct Job {
     pub request_id: String,
     pub model: Arc<ModelDescriptor>,
     pub prompt: Vec<u32>,
+    /// How the output must begin.
+    pub opening: Vec<OpeningPlace>,
     pub settings: ResolvedSettings,
     /// A text to edit.
     pub draft: Option<DraftText>,
@@ -260,6 +262,7 @@ impl Relay {
             committed_ids: self.assembler.ids().to_vec(),
             passes_used: self.assembler.passes(),
             draft: self.job.draft.clone(),
+            opening: self.job.opening.clone(),
         }
     }
 

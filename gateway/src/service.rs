@@ -4,7 +4,7 @@
 use crate::admission::{Admission, Ask};
 use crate::dice::Dice;
 use crate::edit::{self, Changes};
-use crate::prompt;
+use crate::prompt::Prompt;
 use crate::relay::{Client, EVENTS_MAX, Job, Relay, stopping};
 use crate::route::Route;
 use crate::routes::Table;
@@ -139,7 +139,8 @@ impl Service {
             validate(request, &route.model, chosen, self.dice.number()).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let (valid, prompt) = self.encode(valid, &tokenizer, &route).await?;
-        let settings = settings::fit(&valid, &route.model, prompt.len()).map_err(|found| rich::invalid(&[found]))?;
+        let settings =
+            settings::fit(&valid, &route.model, prompt.ids.len()).map_err(|found| rich::invalid(&[found]))?;
         let begun = valid.resume.is_some();
         let resumed = valid.resume.unwrap_or_else(|| Resumed {
             request_id: self.dice.name(),
@@ -147,12 +148,13 @@ impl Service {
             passes_used: 0,
         });
         let stops = settings.stop.clone();
-        let prompt_tokens = prompt.len() as u32;
-        let assembler = Assembler::new(tokenizer, prompt_tokens, stops, &resumed.received, resumed.passes_used);
+        let mut assembler = Assembler::new(tokenizer, prompt.ids.len() as u32, prompt.typed(), stops);
+        assembler.resume(&resumed.received, resumed.passes_used);
         let job = Job {
             request_id: resumed.request_id,
             model: Arc::clone(&route.model),
-            prompt,
+            opening: prompt.opening(),
+            prompt: prompt.ids,
             settings,
             draft: None,
             drafts: valid.drafts,
@@ -192,6 +194,7 @@ impl Service {
             request_id: self.dice.name(),
             model: Arc::clone(&route.model),
             prompt: Vec::new(),
+            opening: Vec::new(),
             settings,
             draft: Some(draft.clone()),
             drafts: false,
@@ -200,7 +203,7 @@ impl Service {
             arrived: caller.arrived,
             deadline: caller.deadline,
         };
-        let assembler = Assembler::new(tokenizer, 0, Vec::new(), &[], 0);
+        let assembler = Assembler::new(tokenizer, 0, "", Vec::new());
         Ok((self.begin(job, assembler, false, &caller, tenant).await?, Changes::new(draft)))
     }
 
@@ -303,18 +306,14 @@ impl Service {
         !self.upstream.routes.table().routes.is_empty() && !self.draining.is_cancelled()
     }
 
-    async fn encode(
-        &self,
-        valid: Valid,
-        tokenizer: &Arc<Tokenizer>,
-        route: &Route,
-    ) -> Result<(Valid, Vec<u32>), Status> {
+    async fn encode(&self, valid: Valid, tokenizer: &Arc<Tokenizer>, route: &Route) -> Result<(Valid, Prompt), Status> {
         let bytes = valid.input.text_bytes() + valid.suffix.as_ref().map_or(0, String::len);
-        let infill = route.model.capabilities.and_then(|capabilities| capabilities.infill);
+        let capabilities = route.model.capabilities.unwrap_or_default();
         let (tokenizer, field) = (Arc::clone(tokenizer), valid.input.field());
         let encode = move || {
-            let ids = prompt::encode(&tokenizer, &valid.input, valid.suffix.as_deref(), infill);
-            ids.map(|ids| (valid, ids))
+            let suffix = valid.suffix.as_deref();
+            let prompt = Prompt::of(&tokenizer, &valid.input, suffix, &valid.settings, &capabilities);
+            prompt.map(|prompt| (valid, prompt))
         };
         self.blocking(bytes, encode).await?.map_err(|error| refused(field, &error))
     }

@@ -21,6 +21,8 @@ pub(crate) struct Gap {
 pub(crate) struct Assembler {
     tokenizer: Arc<Tokenizer>,
     prompt_tokens: u32,
+    /// Text that the output begins with and the client has, for it typed it; what is still to come of it.
+    typed: String,
     /// Generated ids the client has, in order.
     ids: Vec<u32>,
     /// Passes spent on them.
@@ -31,25 +33,24 @@ pub(crate) struct Assembler {
 }
 
 impl Assembler {
-    /// A stream of which the client has `received` and all text that could be released with it.
-    pub(crate) fn new(
-        tokenizer: Arc<Tokenizer>,
-        prompt_tokens: u32,
-        stops: Vec<String>,
-        received: &[u32],
-        passes: u32,
-    ) -> Self {
-        let mut assembler = Self {
+    /// A stream that begins behind `prompt_tokens`, its text behind `typed`.
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>, prompt_tokens: u32, typed: &str, stops: Vec<String>) -> Self {
+        Self {
             detokenizer: Detokenizer::new(Arc::clone(&tokenizer)),
             tokenizer,
             prompt_tokens,
+            typed: typed.to_owned(),
             ids: Vec::new(),
-            passes,
+            passes: 0,
             stops: StopMatcher::new(stops),
             stopped: false,
-        };
-        assembler.take_ids(received);
-        assembler
+        }
+    }
+
+    /// The client has `received`, of as many passes, and all text that could be released with it.
+    pub(crate) fn resume(&mut self, received: &[u32], passes: u32) {
+        self.passes += passes;
+        self.take_ids(received);
     }
 
     /// Generated ids the client has, in order.
@@ -75,7 +76,8 @@ impl Assembler {
                 return (taken, released);
             }
             // One by one, so that the token that completes a stop string is known.
-            let (text, found) = self.stops.push(&self.detokenizer.push(&[id]));
+            let text = self.detokenizer.push(&[id]);
+            let (text, found) = self.stops.push(untyped(&mut self.typed, &text));
             released += &text;
             self.ids.push(id);
             self.stopped = found;
@@ -129,12 +131,23 @@ impl Assembler {
         if self.stopped {
             return String::new();
         }
-        let (mut text, found) = self.stops.push(&self.detokenizer.finish());
+        let (mut text, found) = self.stops.push(untyped(&mut self.typed, &self.detokenizer.finish()));
         if !found {
             text += &self.stops.finish();
         }
         text
     }
+}
+
+/// What of `text` was not typed, once `typed` is spelled; takes what is spelled now from it.
+fn untyped<'a>(typed: &mut String, text: &'a str) -> &'a str {
+    let spelled: usize = text.chars().zip(typed.chars()).take_while(|(a, b)| a == b).map(|(c, _)| c.len_utf8()).sum();
+    typed.drain(..spelled);
+    if spelled < text.len() {
+        // The rest is new, and where it is not what was typed (ids of another stream), nothing else is waited for.
+        typed.clear();
+    }
+    &text[spelled..]
 }
 
 #[cfg(test)]
@@ -158,7 +171,9 @@ mod tests {
 
     fn assembler(stops: &[&str], received: &[u32]) -> Assembler {
         let stops = stops.iter().map(|stop| (*stop).to_owned()).collect();
-        Assembler::new(Arc::clone(&TOKENIZER), PROMPT, stops, received, 0)
+        let mut assembler = Assembler::new(Arc::clone(&TOKENIZER), PROMPT, "", stops);
+        assembler.resume(received, 0);
+        assembler
     }
 
     fn commit(first_position: u32, token_ids: &[u32]) -> Commit {
@@ -195,6 +210,32 @@ mod tests {
             assert!(stream.stopped());
             assert_eq!((text + &stream.finish(), &taken[..]), ("abc".into(), &all[..end]));
         }
+    }
+
+    #[test]
+    fn what_was_typed_is_not_said_again() {
+        let all = ids("hello, hello");
+        for typed in ["h", "hel", "hello,"] {
+            // A stop string counts in what is new only.
+            let mut stream = Assembler::new(Arc::clone(&TOKENIZER), PROMPT, typed, vec!["hel".into()]);
+            let mut text = String::new();
+            for (at, id) in (PROMPT..).zip(&all) {
+                if stream.stopped() {
+                    break;
+                }
+                text += &stream.commit(commit(at, &[*id])).unwrap().map_or(String::new(), |commit| commit.text);
+            }
+            assert_eq!(text + &stream.finish(), "hello, "[typed.len()..]);
+            let mut resumed = Assembler::new(Arc::clone(&TOKENIZER), PROMPT, typed, Vec::new());
+            resumed.resume(&all[..3], 1);
+            let rest = resumed.commit(commit(PROMPT + 3, &all[3..])).unwrap().unwrap().text;
+            let had = TOKENIZER.decode(&all[..3], true).len().max(typed.len());
+            assert_eq!(rest + &resumed.finish(), "hello, hello"[had..]);
+        }
+        // Of a model that does otherwise nothing is lost.
+        let mut stream = Assembler::new(Arc::clone(&TOKENIZER), PROMPT, "help", Vec::new());
+        let text = stream.commit(commit(PROMPT, &all)).unwrap().unwrap().text;
+        assert_eq!(text + &stream.finish(), "lo, hello");
     }
 
     #[test]

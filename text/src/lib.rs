@@ -4,12 +4,13 @@
 //! not know models, requests or networks.
 //!
 //! Modules in reading order: `outline` (what a `tokenizer.json` may hold), `split` (its patterns within a limit
-//! of time), [`tokenizer`], [`detokenize`] (never half a
+//! of time), [`tokenizer`], `heal` (the end of a prompt that its model spells), [`detokenize`] (never half a
 //! character), [`stop`] (stop strings over a stream), `template` (chat templates within limits), [`chat`] (in which what
 //! users wrote stays text).
 
 pub mod chat;
 pub mod detokenize;
+mod heal;
 mod outline;
 mod split;
 pub mod stop;
@@ -18,6 +19,7 @@ pub mod tokenizer;
 
 pub use chat::Message;
 pub use detokenize::Detokenizer;
+pub use heal::Tail;
 pub use stop::StopMatcher;
 pub use tokenizer::{Specials, Tokenizer};
 

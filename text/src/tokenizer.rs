@@ -7,7 +7,10 @@ use crate::template::Template;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, TokenizerImpl};
+use tokenizers::{
+    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, OffsetReferential, OffsetType, PostProcessorWrapper,
+    PreTokenizedString, PreTokenizer as _, TokenizerImpl,
+};
 
 /// The tokenizers crate's, with pre-tokenizers of our own.
 type Inner = TokenizerImpl<ModelWrapper, NormalizerWrapper, Steps, PostProcessorWrapper, DecoderWrapper>;
@@ -115,6 +118,17 @@ impl Tokenizer {
                 ids.iter().map(|&id| self.spelled(id)).collect::<Result<Vec<_>, _>>().map(|ids| ids.concat())
             }
         }
+    }
+
+    /// Where the last word of `text` begins (byte): merges do not cross it.
+    pub(crate) fn last_word(&self, text: &str) -> Result<usize, TextError> {
+        let failed = |error: tokenizers::Error| TextError::Encode(error.to_string());
+        let mut words = PreTokenizedString::from(text);
+        if let Some(pre_tokenizer) = self.literal.get_pre_tokenizer() {
+            pre_tokenizer.pre_tokenize(&mut words).map_err(failed)?;
+        }
+        let last = words.get_splits(OffsetReferential::Original, OffsetType::Byte).pop();
+        Ok(last.map_or(0, |(_, (start, _), _)| start))
     }
 
     /// The id itself, or the bytes of a special token one by one: some vocabularies let the model's own merges reach

@@ -1,6 +1,6 @@
 //! Quality of a model: how often it writes programs that pass their tests, and in how few passes.
 
-use crate::rollout::{Rollout, STREAMS, roll_out};
+use crate::rollout::{Given, Rollout, STREAMS, roll_out};
 use crate::tasks::Task;
 use crate::tasks::verify::{Limits, Outcome, Program, run};
 use anyhow::{Context, ensure};
@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use unmask_engine::Model;
 use unmask_engine::policy::{Comparison, Policy};
-use unmask_text::{Specials, Tokenizer};
+use unmask_text::Tokenizer;
 
 /// Two-sided 95% of the normal distribution.
 const Z_95: f64 = 1.96;
@@ -176,11 +176,11 @@ fn complete(
     point: Point,
     done: impl FnMut(usize),
 ) -> anyhow::Result<Completed> {
-    let ids: Vec<Vec<u32>> =
-        prompts.iter().map(|text| tokenizer.encode(text, Specials::AsText, false)).collect::<Result<_, _>>()?;
-    let run = roll_out(model, &ids, point, STREAMS, done)?;
-    let rows = run.rows.saturating_sub(ids.iter().map(|ids| ids.len() as u64).sum());
-    let answers = run.rollouts.into_iter().map(|rollout| (tokenizer.decode(&rollout.answer, true), rollout));
+    let prompts: Vec<Given> =
+        prompts.iter().map(|text| Given::of(text, tokenizer, model, point)).collect::<Result<_, _>>()?;
+    let run = roll_out(model, &prompts, point, STREAMS, done)?;
+    let rows = run.rows.saturating_sub(prompts.iter().map(|prompt| prompt.ids.len() as u64).sum());
+    let answers = prompts.iter().zip(run.rollouts).map(|(p, rollout)| (p.text(&rollout.answer, tokenizer), rollout));
     Ok(Completed { answers: answers.collect(), rows })
 }
 

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+use unmask_engine::opening::{Choice, Opening};
 use unmask_engine::{BlockTrace, Engine, Event, Limits as EngineLimits, Model, Reason, Request, RequestId, Settings};
+use unmask_text::{Specials, Tail, TextError, Tokenizer};
 
 use crate::{
     measure::Point,
@@ -18,6 +20,15 @@ use crate::{
 const MAX_TOKENS: u32 = 256;
 /// Requests in the engine at once where nothing else is asked for.
 pub const STREAMS: usize = 64;
+
+/// What the engine is given of a prompt.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Given {
+    /// Its tokens.
+    pub ids: Vec<u32>,
+    /// Text behind the ids, with which the output begins.
+    pub tail: Option<Tail>,
+}
 
 /// One decoded prompt.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -49,7 +60,7 @@ pub struct Run {
 /// A prompt is empty or too long for the model.
 pub fn roll_out(
     model: &Arc<Model>,
-    prompts: &[Vec<u32>],
+    prompts: &[Given],
     point: Point,
     streams: usize,
     mut progress: impl FnMut(usize),
@@ -60,8 +71,9 @@ pub fn roll_out(
         let mut settings = Settings::new(MAX_TOKENS, point.block_size, point.policy());
         // A raw request reports its blocks and knows no end but those it is given.
         settings.stop_ids.clone_from(&model.config().eos_ids);
-        let mut request = Request::new(RequestId(index as u64), prompt.clone(), settings);
+        let mut request = Request::new(RequestId(index as u64), prompt.ids.clone(), settings);
         request.raw = true;
+        request.opening = prompt.tail.as_ref().map(opening).transpose().map_err(anyhow::Error::msg)?;
         engine.submit(request).with_context(|| format!("prompt {index}"))?;
     }
     let mut run = Run { rollouts: vec![Rollout::default(); prompts.len()], ..Run::default() };
@@ -84,6 +96,37 @@ pub fn roll_out(
         }
     }
     Ok(run)
+}
+
+impl Given {
+    /// The prompt `text` as it is served: without its last word where `model` takes that and causal rows decide.
+    ///
+    /// # Errors
+    /// The tokenizer refuses the text.
+    pub fn of(text: &str, tokenizer: &Tokenizer, model: &Model, point: Point) -> Result<Self, TextError> {
+        if model.config().heal && point.policy().is_causal() {
+            let (ids, tail) = tokenizer.encode_but_last_word(text)?;
+            return Ok(Self { ids, tail });
+        }
+        Ok(Self::from(tokenizer.encode(text, Specials::AsText, false)?))
+    }
+
+    /// Text of an answer to it, behind what was typed.
+    pub fn text(&self, answer: &[u32], tokenizer: &Tokenizer) -> String {
+        let (text, typed) = (tokenizer.decode(answer, true), self.tail.as_ref().map_or("", |tail| &tail.typed));
+        text.strip_prefix(typed).map_or(text.clone(), str::to_owned)
+    }
+}
+
+impl From<Vec<u32>> for Given {
+    fn from(ids: Vec<u32>) -> Self {
+        Self { ids, tail: None }
+    }
+}
+
+fn opening(tail: &Tail) -> Result<Opening, String> {
+    let place = |ways: &Vec<(u32, u32)>| ways.iter().map(|&(token, next)| Choice { token, next }).collect();
+    Opening::new(tail.ways.iter().map(place).collect())
 }
 
 impl Rollout {

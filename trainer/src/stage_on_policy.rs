@@ -24,7 +24,7 @@ use crate::{
     layout::Example,
     measure::{self, Point},
     progress::{Progress, RoundRecord},
-    rollout::{Prompt, Rollout, STREAMS, roll_out, verify},
+    rollout::{Given, Prompt, Rollout, STREAMS, roll_out, verify},
     stage_mask::step_with_replay,
     stream::{Purpose, generator},
     tasks::{Part, Task, Tasks, verify::with_expected_results},
@@ -321,7 +321,8 @@ impl<'a> Rounds<'a> {
     ) -> anyhow::Result<Vec<Decoded>> {
         let encode = |&i: &usize| self.tokenizer.encode(&prompts[i].text, Specials::AsText, false);
         let ids: Vec<Vec<u32>> = taken.iter().map(encode).collect::<Result<_, _>>()?;
-        let rollouts = roll_out(model, &ids, point, STREAMS, |_| {})?.rollouts;
+        let given: Vec<Given> = ids.iter().cloned().map(Given::from).collect();
+        let rollouts = roll_out(model, &given, point, STREAMS, |_| {})?.rollouts;
         let answers: Vec<(&Prompt, String)> = taken
             .iter()
             .zip(&rollouts)

@@ -91,6 +91,7 @@ fn without_blocks_it_learns_next_tokens_and_is_a_plain_decoder() {
     assert_eq!(model.config().family.name(), "qwen3");
     // The word that was drawn comes again.
     let word = [9, 7, 12, 6, 13, 8, 11];
-    let answers = roll_out(&Arc::new(model), &[word.to_vec()], Point::AUTOREGRESSIVE, 1, |_| {}).unwrap().rollouts;
+    let answers =
+        roll_out(&Arc::new(model), &[word.to_vec().into()], Point::AUTOREGRESSIVE, 1, |_| {}).unwrap().rollouts;
     assert_eq!(answers[0].answer[..3], word[..3]);
 }

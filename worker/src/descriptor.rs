@@ -138,6 +138,7 @@ pub(crate) fn describe(model: &Model, tokenizer: &TokenizerFiles) -> ModelDescri
             middle: infill.middle,
         }),
         edit: config.edit,
+        heal: config.heal,
         chat: tokenizer.has_chat_template(),
     };
     let defaults = Defaults {

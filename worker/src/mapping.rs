@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 use tonic::{Code, Status};
+use unmask_engine::opening::{Choice, Opening};
 use unmask_engine::policy::Order;
 use unmask_engine::request::DraftText;
 use unmask_engine::{Manner, Policy, Reason, Refusal, Request, RequestId, Sampling, Settings};
@@ -42,6 +43,7 @@ pub(crate) fn request(message: RunRequest, id: RequestId, defaults: &Policy) -> 
         nfe_cap: settings.nfe_cap,
         manner: Manner::default(),
     };
+    let opening = opening_from(message.opening)?;
     Ok(Request {
         id,
         prompt: message.prompt_ids,
@@ -57,8 +59,23 @@ pub(crate) fn request(message: RunRequest, id: RequestId, defaults: &Policy) -> 
             masked: draft.masked,
             fixed: draft.fixed,
         }),
+        opening,
         raw: false,
     })
+}
+
+fn opening_from(places: Vec<v1::OpeningPlace>) -> Result<Option<Opening>, Vec<Violation>> {
+    if places.is_empty() {
+        return Ok(None);
+    }
+    let wrong = |message: String| vec![Violation::new("opening", message)];
+    if places.iter().any(|place| place.token_ids.len() != place.next.len()) {
+        return Err(wrong("a place has as many token_ids as next".into()));
+    }
+    let choices = |place: v1::OpeningPlace| {
+        place.token_ids.into_iter().zip(place.next).map(|(token, next)| Choice { token, next }).collect()
+    };
+    Opening::new(places.into_iter().map(choices).collect()).map(Some).map_err(wrong)
 }
 
 fn policy_from(kind: Kind, defaults: &Policy) -> Result<Policy, Violation> {
@@ -160,6 +177,7 @@ fn wire_path(field: &str) -> String {
     match field {
         "prompt" => "prompt_ids".into(),
         "committed" => "committed_ids".into(),
+        "opening" => "opening".into(),
         "stop_ids" => "settings.stop_token_ids".into(),
         other => format!("settings.{other}"),
     }
@@ -211,6 +229,13 @@ mod tests {
         assert_eq!(field(RunRequest::default()), "settings");
         assert_eq!(field(message(None)), "settings.policy");
         assert_eq!(field(message(Some(Kind::Fixed(Fixed { steps: 1, order: 77 })))), "settings.policy.fixed.order");
+        let causal = Some(Kind::Autoregressive(v1::policy::Autoregressive {}));
+        for place in [
+            v1::OpeningPlace { token_ids: vec![1, 2], next: vec![1] },
+            v1::OpeningPlace { token_ids: vec![1], next: vec![0] },
+        ] {
+            assert_eq!(field(RunRequest { opening: vec![place], ..message(causal) }), "opening");
+        }
     }
 
     #[test]

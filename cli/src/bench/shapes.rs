@@ -131,6 +131,7 @@ impl Named {
             mask_id: Some(1),
             eos_ids: vec![0],
             infill: None,
+            heal: false,
             edit: false,
             decode: DecodeDefaults {
                 block_size: 16,

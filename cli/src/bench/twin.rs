@@ -17,9 +17,9 @@ use std::sync::Arc;
 use std::time::Instant;
 use unmask_engine::Model;
 use unmask_kernels::Isa;
-use unmask_text::{Specials, Tokenizer};
+use unmask_text::Tokenizer;
 use unmask_trainer::measure::{self, Point, paired_difference, wilson};
-use unmask_trainer::rollout::{Prompt, Run, roll_out, verify};
+use unmask_trainer::rollout::{Given, Prompt, Run, roll_out, verify};
 use unmask_trainer::tasks::{Part, Task, Tasks, verify::with_expected_results};
 
 /// Tasks that one side decodes before the other has its turn.
@@ -175,19 +175,20 @@ fn alternate(sides: &[Decoder<'_>; 2], tasks: &[Task], streams: u16) -> anyhow::
 
 impl Tally {
     fn take(&mut self, &(model, tokenizer, point): &Decoder<'_>, tasks: &[Task], streams: u16) -> anyhow::Result<()> {
-        let ids: Vec<Vec<u32>> = tasks
-            .iter()
-            .map(|task| tokenizer.encode(&task.prompt, Specials::AsText, false))
-            .collect::<Result<_, _>>()?;
+        let given: Vec<Given> =
+            tasks.iter().map(|task| Given::of(&task.prompt, tokenizer, model, point)).collect::<Result<_, _>>()?;
         let start = Instant::now();
-        let Run { rollouts, steps, rows } = roll_out(model, &ids, point, usize::from(streams), |_| {})?;
+        let Run { rollouts, steps, rows } = roll_out(model, &given, point, usize::from(streams), |_| {})?;
         self.seconds += start.elapsed().as_secs_f64();
-        let prompt_rows: usize = ids.iter().map(Vec::len).sum();
+        let prompt_rows: usize = given.iter().map(|prompt| prompt.ids.len()).sum();
         (self.steps, self.rows) = (self.steps + steps, self.rows + rows.saturating_sub(prompt_rows as u64));
         let prompts: Vec<Prompt> =
             tasks.iter().map(|task| Prompt { text: task.prompt.clone(), task: Some(task.clone()) }).collect();
-        let answers: Vec<(&Prompt, String)> =
-            prompts.iter().zip(&rollouts).map(|(p, r)| (p, tokenizer.decode(&r.answer, true))).collect();
+        let answers: Vec<(&Prompt, String)> = prompts
+            .iter()
+            .zip(given.iter().zip(&rollouts))
+            .map(|(p, (g, r))| (p, g.text(&r.answer, tokenizer)))
+            .collect();
         self.passed.extend(verify(&answers)?);
         for rollout in &rollouts {
             self.passes += u64::from(rollout.passes);

@@ -42,6 +42,7 @@ fn config(tied: bool) -> ModelConfig {
         mask_id: Some(1),
         eos_ids: vec![0],
         infill: None,
+        heal: false,
         edit: false,
         decode: DecodeDefaults { block_size: 8, policy: POLICY, max_tokens: 24, temperature: 0.0 },
         entries: Vec::new(),

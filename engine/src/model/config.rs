@@ -5,7 +5,7 @@ use super::moe::Moe;
 use super::tokens::{Tokens, VOCABULARY_MIN, eos_ids, infill};
 use super::{Family, LoadError, Reach};
 use crate::policy::{Comparison, Policy};
-use crate::request::{BLOCK_SIZE_MAX, POSITIONS_MAX};
+use crate::request::POSITIONS_MAX;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -16,9 +16,9 @@ const SIZE_MAX: u64 = 1 << 24;
 /// Largest head the kernels take.
 const HEAD_DIM_MAX: u64 = 256;
 /// Block sizes of models that were trained for none.
-const ANY_BLOCK_SIZES: [u32; 5] = [4, 8, 16, 32, 64];
+const ANY_BLOCK_SIZES: [u32; 9] = [4, 8, 16, 32, 64, 128, 256, 512, 1024];
 /// Keys of our own checkpoints; any other is an error there.
-const OWN_KEYS: [&str; 26] = [
+const OWN_KEYS: [&str; 27] = [
     "architectures",
     "model_type",
     "hidden_size",
@@ -41,6 +41,7 @@ const OWN_KEYS: [&str; 26] = [
     "eos_token_id",
     "pad_token_id",
     "infill",
+    "heal",
     "edit",
     "decode",
     "trained_stages",
@@ -146,6 +147,8 @@ pub struct ModelConfig {
     pub eos_ids: Vec<u32>,
     /// When trained for it.
     pub infill: Option<Infill>,
+    /// Whether the last word of a text prompt is left to the model to spell ([`crate::opening`]).
+    pub heal: bool,
     /// Whether trained to edit.
     pub edit: bool,
     /// Decoding unless told otherwise.
@@ -239,6 +242,7 @@ fn resolve(
     r.note("kept_reach", family.kept_reach.name(), "family default");
     r.note("shift", family.shift, "family default");
     let infill = infill(r, vocab_rows);
+    let heal = r.own("heal").unwrap_or(false);
     let edit = edit(r);
     let decode = decode_defaults(r, family, &block_sizes);
     let layers = r.count("num_hidden_layers", 1, 1024, None) as u32;
@@ -268,6 +272,7 @@ fn resolve(
         mask_id,
         eos_ids,
         infill,
+        heal,
         edit,
         decode,
         entries: Vec::new(),
@@ -423,8 +428,9 @@ fn block_sizes(r: &mut Reader<'_>, family: Family, overrides: &Overrides) -> Vec
     };
     sizes.sort_unstable();
     sizes.dedup();
-    if sizes.is_empty() || sizes[0] == 0 || sizes.iter().any(|&size| size > BLOCK_SIZE_MAX) {
-        r.problem(format!("block_sizes must be whole numbers from 1 to {BLOCK_SIZE_MAX}"));
+    let most = family.open_reach.block_size_max();
+    if sizes.is_empty() || sizes[0] == 0 || sizes.iter().any(|&size| size > most) {
+        r.problem(format!("block_sizes must be whole numbers from 1 to {most}"));
     }
     r.note("block_sizes", format!("{sizes:?}"), origin);
     sizes

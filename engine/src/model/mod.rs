@@ -28,6 +28,7 @@ pub use moe::Moe;
 pub use unmask_kernels::WeightType;
 pub use weights::TensorInfo;
 
+use crate::request::{BLOCK_SIZE_MAX, WHOLE_BLOCK_SIZE_MAX};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -122,6 +123,11 @@ impl Reach {
             Reach::Block => "block_causal",
             Reach::Bidirectional => "bidirectional",
         }
+    }
+
+    /// Largest block whose rows reach so far (positions).
+    pub fn block_size_max(self) -> u32 {
+        if self == Reach::Bidirectional { WHOLE_BLOCK_SIZE_MAX } else { BLOCK_SIZE_MAX }
     }
 
     /// The reach of that name.

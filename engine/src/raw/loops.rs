@@ -3,7 +3,7 @@
 use super::RawError;
 use crate::model::Model;
 use crate::policy::{Bound, Comparison, Order, Policy, Quota};
-use crate::request::{BLOCK_SIZE_MAX, Cache, Ends, Manner, Sampling, Settings};
+use crate::request::{Cache, Ends, Manner, Sampling, Settings};
 use serde::{Deserialize, Deserializer};
 
 /// A decoding loop as its authors run it.
@@ -183,8 +183,9 @@ pub(super) fn prepare(model: &Model, kind: LoopKind, p: &Parameters, prompt_len:
         LoopKind::Dream => asked,
         _ => p.block_size.unwrap_or(config.decode.block_size),
     };
-    if block_size == 0 || block_size > BLOCK_SIZE_MAX {
-        return Err(bad(format!("block_size must be from 1 to {BLOCK_SIZE_MAX}, is {block_size}")));
+    let most = config.open_reach.block_size_max();
+    if block_size == 0 || block_size > most {
+        return Err(bad(format!("block_size must be from 1 to {most}, is {block_size}")));
     }
     let policy = match p.policy {
         Some(policy) => policy,

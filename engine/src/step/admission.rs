@@ -83,6 +83,11 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         "policy",
         format!("{} was not trained to predict the next token: choose a block diffusion policy", config.name),
     );
+    if let Some(opening) = &request.opening {
+        require(policy.is_causal(), "opening", "needs a policy whose causal rows decide".into());
+        let (largest, vocab) = (opening.largest_token(), config.vocab_rows);
+        require(largest < vocab, "opening", format!("token {largest} is out of range: the vocabulary has {vocab}"));
+    }
     if *policy != Policy::Autoregressive {
         check_blocks(request, config, limits, found);
     }
@@ -114,8 +119,10 @@ fn check_blocks(request: &Request, config: &ModelConfig, limits: &Limits, found:
     );
     let size = settings.block_size;
     let trained = request.raw || config.block_sizes.contains(&size);
+    let whole = config.open_reach == Reach::Bidirectional;
+    let most = config.open_reach.block_size_max().min(if whole { u32::MAX } else { limits.rows_max / 8 });
     require(
-        (1..=BLOCK_SIZE_MAX.min(limits.rows_max / 8)).contains(&size) && trained,
+        (1..=most).contains(&size) && trained,
         "block_size",
         format!("must be one of {:?}, is {size}", config.block_sizes),
     );
@@ -129,13 +136,19 @@ fn check_blocks(request: &Request, config: &ModelConfig, limits: &Limits, found:
         "policy",
         format!("{} scores a position by the row before it: joint_edit is not available", config.name),
     );
-    if config.open_reach == Reach::Bidirectional && size >= 1 {
+    if whole && size >= 1 {
         // Every pass takes all rows of such a request, and prompts of others keep their share of a step.
         let (canvas, most) = (canvas_end(request, config), limits.rows_max - limits.rows_max / PROMPT_SHARE);
         require(
             canvas <= most,
             "max_tokens",
             format!("{canvas} positions are computed in every pass of {}: at most {most} fit a step", config.name),
+        );
+        let context = config.context_length;
+        require(
+            size <= BLOCK_SIZE_MAX || canvas <= context,
+            "block_size",
+            format!("the last block of {size} would end at {canvas}, beyond the context of {context}"),
         );
     }
     found.extend(settings.policy.violations(size.max(1)));

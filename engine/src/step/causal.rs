@@ -2,6 +2,7 @@
 
 use super::Batch;
 use super::life::{Life, State};
+use crate::opening::{Choice, Opening};
 use crate::plan::Grant;
 use crate::policy::speculate::{confirmed, worth_checking};
 use crate::policy::{Candidate, Policy};
@@ -15,6 +16,19 @@ impl Life {
         let start = (self.tokens.len() + self.draft.len()) as u32;
         let stops = self.draft.last().is_some_and(|&token| self.is_stop(token));
         start..if stops { start } else { (start + self.drafted).min(self.canvas_end) }
+    }
+
+    /// What alone may stand in the next position.
+    pub(super) fn opening(&self) -> Option<(&Opening, &[Choice])> {
+        let opening = self.request.opening.as_ref()?;
+        opening.after(&self.tokens[self.request.prompt.len()..]).map(|choices| (opening, choices))
+    }
+
+    /// Of `outputs`, those whose logits decide beside their records.
+    pub(super) fn gathered(&self, outputs: &Range<usize>) -> Range<usize> {
+        let first = usize::from(self.opening().is_some());
+        let count = if self.request.settings.needs_logits() { outputs.len() } else { first };
+        outputs.start..(outputs.start + count).min(outputs.end)
     }
 
     /// Rows behind the last kept one.
@@ -64,7 +78,9 @@ impl Life {
         }
         let all_right = right == self.draft.len();
         self.draft.clear();
-        if let (Policy::SelfSpeculative { tau }, true) = (self.request.settings.policy, all_right) {
+        // What was proposed follows whatever token came out, but not a word that is yet to be spelled.
+        let goes_on = all_right && self.opening().is_none();
+        if let (Policy::SelfSpeculative { tau }, true) = (self.request.settings.policy, goes_on) {
             let room = (self.canvas_end as usize).saturating_sub(self.tokens.len());
             let worth = worth_checking(proposed, tau).min(room);
             let tokens = proposed[..worth].iter().map(|candidate| candidate.token);

@@ -17,7 +17,7 @@ use crate::pages::Pages;
 use crate::plan::{Grant, Plan};
 use crate::policy::Candidate;
 use crate::request::{BLOCK_SIZE_MAX, Event, Refusal, Request, RequestId};
-use crate::sample;
+use crate::sample::{self, Bars};
 use life::{Deciding, Life};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -116,6 +116,7 @@ struct Batch {
     wanted: Vec<u32>,
     logits: Vec<f32>,
     ranked: Vec<(f32, u32)>,
+    favoured: Vec<u32>,
 }
 
 /// One request's part of a step.
@@ -333,8 +334,8 @@ impl Engine {
         let batch = &mut self.batch;
         let jobs = batch.jobs.iter().map(|job| (&self.active[job.active], job));
         let tables: Vec<&[u32]> = jobs.clone().map(|(life, _)| life.pages.as_slice()).collect();
-        let drawing = jobs.filter(|(life, _)| life.request.settings.needs_logits());
-        batch.wanted.extend(drawing.flat_map(|(_, job)| job.outputs.clone()).map(|output| output as u32));
+        let gathered = jobs.flat_map(|(life, job)| life.gathered(&job.outputs));
+        batch.wanted.extend(gathered.map(|output| output as u32));
         batch.records.clear();
         batch.records.resize(batch.outputs.len(), Record::default());
         let Batch { ids, rows, outputs, draws, wanted, records, .. } = batch;
@@ -367,13 +368,20 @@ impl Engine {
     fn decide(&mut self, job: &Job, batch: &mut Batch, events: &mut Vec<Event>) -> Option<Event> {
         let life = &mut self.active[job.active];
         let settings = &life.request.settings;
+        let gathered = life.gathered(&job.outputs);
         batch.candidates.clear();
         for output in job.outputs.clone() {
             let record = &mut batch.records[output];
-            if settings.needs_logits() {
+            if gathered.contains(&output) {
                 self.rank.row_logits(output, &mut batch.logits);
                 let key = batch.draws[output].key;
-                sample::refine(record, &batch.logits, self.rank.bans(), settings, key, &mut batch.ranked);
+                let opening = life.opening().filter(|_| output == job.outputs.start);
+                let among = opening.map(|(opening, choices)| {
+                    opening.favoured(choices, &batch.logits, &mut batch.favoured);
+                    batch.favoured.as_slice()
+                });
+                let bars = Bars { bans: self.rank.bans(), among };
+                sample::refine(record, &batch.logits, bars, settings, key, &mut batch.ranked);
             }
             let candidate = sample::candidate(record);
             batch.candidates.push(sample::among_others(candidate, record, &batch.logits, &settings.manner.suppress));

@@ -152,7 +152,7 @@ fn model_json(model: &Model) -> Value {
             "context_length": descriptor.context_length, "block_sizes": descriptor.block_sizes,
             "parameters": descriptor.parameters, "dtype": descriptor.dtype, "ready_groups": model.ready_groups,
             "diffusion": can.diffusion, "autoregressive": can.autoregressive, "infill": can.infill.is_some(),
-            "edit": can.edit, "chat": can.chat,
+            "edit": can.edit, "chat": can.chat, "heal": can.heal,
         },
     })
 }

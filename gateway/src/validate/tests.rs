@@ -66,7 +66,8 @@ fn autoregressive() -> ModelDescriptor {
 
 fn everything() -> ModelDescriptor {
     let infill = Some(InfillTokens { prefix: 1, suffix: 2, middle: 3 });
-    let capabilities = Capabilities { diffusion: true, autoregressive: true, infill, edit: true, chat: true };
+    let capabilities =
+        Capabilities { diffusion: true, autoregressive: true, infill, edit: true, chat: true, heal: false };
     ModelDescriptor { capabilities: Some(capabilities), ..diffusion() }
 }
 
