@@ -184,9 +184,23 @@ fn step_problems(part: &str, value: &Value, allowed: Option<&[&str]>, found: &mu
             found.push(format!("{part}: {kind} stands there twice"));
         }
         let pieces = step["single"].as_array().into_iter().flatten();
-        if pieces.filter(|piece| piece.get("Sequence").is_some()).count() > 1 {
+        let texts: Vec<&Value> = pieces.clone().filter_map(|piece| piece.get("Sequence")).collect();
+        if texts.len() > 1 {
             found.push(format!("{part}: {kind} repeats the text"));
         }
+        if texts.iter().any(|text| text["id"] != "A") {
+            found.push(format!("{part}: {kind} wants a second text, and there is one"));
+        }
+        // The crate takes it for granted that each is there, with as many ids as tokens.
+        let named = pieces.filter_map(|piece| piece.get("SpecialToken")?.get("id")?.as_str());
+        let known = |token: &&str| {
+            let list = |key: &str| step["special_tokens"][token][key].as_array().map(Vec::len);
+            list("ids").is_some_and(|ids| list("tokens") == Some(ids))
+        };
+        found.extend(named.filter(|token| !known(token)).map(|token| {
+            let token: String = token.chars().take(40).collect();
+            format!("{part}: {kind} adds {token:?}, which special_tokens does not have")
+        }));
     }
 }
 
@@ -269,6 +283,12 @@ mod tests {
         assert_eq!(problems(&file(json!({}))), [""; 0]);
         let byte_level = json!({ "type": "ByteLevel" });
         let text = json!({ "Sequence": { "id": "A", "type_id": 0 } });
+        let second = json!({ "Sequence": { "id": "B", "type_id": 0 } });
+        let begin = json!({ "SpecialToken": { "id": "<s>", "type_id": 0 } });
+        let adds = |tokens: Value| {
+            let single = [&begin, &text];
+            json!({ "post_processor": { "type": "TemplateProcessing", "single": single, "special_tokens": tokens } })
+        };
         let pattern = |regex: &str| json!({ "pre_tokenizer": { "type": "Split", "pattern": { "Regex": regex } } });
         for (json, part) in [
             (model(json!({ "type": "Unigram" })), "model.type"),
@@ -285,6 +305,9 @@ mod tests {
                 "twice",
             ),
             (file(json!({ "post_processor": { "type": "TemplateProcessing", "single": [text, text] } })), "repeats"),
+            (file(json!({ "post_processor": { "type": "TemplateProcessing", "single": [second] } })), "a second text"),
+            (file(adds(json!({}))), "adds \"<s>\""),
+            (file(adds(json!({ "<s>": { "id": "<s>", "ids": [1, 2], "tokens": ["<s>"] } }))), "adds \"<s>\""),
             (file(json!({ "decoder": { "decoders": vec![json!({}); 17] } })), "18 steps"),
             (file(pattern(&r"\w".repeat(3000))), "6000 bytes"),
             (file(pattern(&r"\w{9}(?!x)".repeat(9))), "9 counted repetitions"),
