@@ -17,6 +17,7 @@ use crate::exp::{exp, largest};
 use crate::kv::{Element, HEAD_DIM_MAX, HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
 use crate::lanes::*;
 use crate::rows::RowsMut;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Rows per task; tiles start at multiples of it.
@@ -60,6 +61,17 @@ struct State {
     merged: [f32; QUERIES_MAX * split::WIDTH_MAX],
 }
 
+thread_local! {
+    /// State of the task in progress: longer to clear than many tasks take.
+    static STATE: RefCell<Box<State>> = RefCell::new(Box::new(State {
+        sums: [0.0; _],
+        weights: [[0.0; _]; _],
+        max: [0.0; _],
+        total: [0.0; _],
+        merged: [0.0; _],
+    }));
+}
+
 impl Cpu {
     /// `out(rows, heads * head_dim)`: row `r` attends to slots `[0, end_r)` of its sequence, scores scaled by
     /// `1 / sqrt(head_dim)`. Keys and values come from the cache only; of `qkv` the queries are read.
@@ -86,9 +98,9 @@ impl Cpu {
         }
         let isa = self.isa();
         self.pool().run(tasks, &|task| {
-            let (tile, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
+            let at = (task / shape.kv_heads, task % shape.kv_heads);
             let sink = Sink::Output;
-            dispatch!(isa, run_tile(&job, tile, kv_head, 0..splits, &sink))
+            STATE.with_borrow_mut(|state| dispatch!(isa, run_tile(&job, at, 0..splits, &sink, state)));
         });
     }
 }
@@ -96,11 +108,16 @@ impl Cpu {
 /// # Safety
 /// The ISA of `L` must be present, and no other thread may work on the same tile and head.
 #[inline(always)]
-unsafe fn run_tile<L: Lanes>(job: &Attention<'_>, tile: usize, kv_head: usize, splits: Range<usize>, sink: &Sink<'_>) {
+unsafe fn run_tile<L: Lanes>(
+    job: &Attention<'_>,
+    (tile, kv_head): (usize, usize),
+    splits: Range<usize>,
+    sink: &Sink<'_>,
+    state: &mut State,
+) {
     let rows = job.rows.rows;
     let end = rows.len().min((tile + 1) * TILE_ROWS);
     let mut first = tile * TILE_ROWS;
-    let mut state = State { sums: [0.0; _], weights: [[0.0; _]; _], max: [0.0; _], total: [0.0; _], merged: [0.0; _] };
     while first < end {
         let sequence = rows[first].sequence;
         let count = rows[first..end].iter().take_while(|row| row.sequence == sequence).count();
@@ -108,8 +125,8 @@ unsafe fn run_tile<L: Lanes>(job: &Attention<'_>, tile: usize, kv_head: usize, s
         // SAFETY: the caller's promise.
         unsafe {
             match job.kv.dtype() {
-                KvType::F32 => run_sequence::<L, f32>(group, count, &mut state),
-                KvType::Bf16 => run_sequence::<L, bf16>(group, count, &mut state),
+                KvType::F32 => run_sequence::<L, f32>(group, count, state),
+                KvType::Bf16 => run_sequence::<L, bf16>(group, count, state),
             }
         }
         first += count;
@@ -132,6 +149,7 @@ unsafe fn run_sequence<L: Lanes, E: Element>(mut group: Group<'_>, count: usize,
             match left {
                 8.. => group.run::<L, E, 8>(state),
                 4.. => group.run::<L, E, 4>(state),
+                3 => group.run::<L, E, 3>(state),
                 2.. => group.run::<L, E, 2>(state),
                 _ => group.run::<L, E, 1>(state),
             }

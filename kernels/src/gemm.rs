@@ -7,6 +7,8 @@ mod amx;
 mod dot;
 mod epilogue;
 mod input;
+#[cfg(target_arch = "x86_64")]
+mod one_row;
 mod tile;
 
 use crate::pack::{BLOCK_GROUPS, PANEL, PIECES, Packed};
@@ -16,6 +18,9 @@ use crate::{Cpu, Isa};
 pub(crate) use amx::{TILE_OPERATIONS, multiply_tiles};
 use epilogue::finish;
 pub(crate) use input::{Input, ROWS};
+#[cfg(target_arch = "x86_64")]
+use one_row::OneRow;
+use std::cell::RefCell;
 use std::ops::Range;
 use tile::{Part, Tile, merge, product};
 
@@ -25,6 +30,9 @@ const SMALL_SHARE: usize = 8;
 /// Small tasks per thread.
 const SMALL_TASKS: usize = 4;
 
+/// Weights that a step likely finds in a cache (bytes).
+const CACHED_BYTES: usize = 1 << 20;
+
 /// Panels that a thread works on at once.
 const PAIR: usize = 2;
 
@@ -33,6 +41,11 @@ const BLOCK_WEIGHTS: usize = BLOCK_GROUPS * PANEL;
 
 /// Sums of pieces that wait for their partners, at most.
 const LEVELS: usize = PIECES.ilog2() as usize;
+
+thread_local! {
+    /// Tiles of the product in progress; to clear them for each task would take as long as a small product.
+    static TILES: RefCell<Box<[[Tile; PAIR]; LEVELS + 1]>> = RefCell::new(Box::new([[Tile::ZERO; PAIR]; LEVELS + 1]));
+}
 
 /// What happens to a product before it is written.
 #[derive(Debug, Clone, Copy)]
@@ -57,9 +70,12 @@ struct Tasks {
 }
 
 impl Tasks {
-    fn new(panels: usize, threads: usize) -> Self {
-        let long = (panels - panels / SMALL_SHARE) / threads / PAIR * PAIR;
-        let short = (panels - long * threads).div_ceil(threads * SMALL_TASKS).next_multiple_of(PAIR).max(PAIR);
+    /// Tasks of whole multiples of `at_once` panels. Few weights are shared out once and for all (`small` is false): they
+    /// are done before anybody could know who would end late.
+    fn new(panels: usize, threads: usize, at_once: usize, small: bool) -> Self {
+        let kept = if small { panels / SMALL_SHARE } else { 0 };
+        let long = (panels - kept) / threads / at_once * at_once;
+        let short = (panels - long * threads).div_ceil(threads * SMALL_TASKS).next_multiple_of(at_once).max(at_once);
         Tasks { panels, threads, long, short }
     }
 
@@ -87,7 +103,7 @@ impl Cpu {
         if let Epilogue::Bias(bias) = epilogue {
             assert_eq!(bias.len(), width, "bias must have one element per column");
         }
-        let tasks = Tasks::new(panels, self.pool().threads());
+        let tasks = Tasks::new(panels, self.pool().threads(), self.panels_at_once(), w.bytes() > CACHED_BYTES);
         let out = RowsMut::new(out);
         self.with_input(x, w, |input| {
             self.pool().run(tasks.count(), &|task| {
@@ -133,37 +149,51 @@ impl Cpu {
         panels: Range<usize>,
         mut done: impl FnMut(usize, (usize, usize), &Tile),
     ) {
-        let mut tiles = [[Tile::ZERO; PAIR]; LEVELS + 1];
-        // Elsewhere one stream of memory after the other is faster.
-        let at_once = if self.isa() == Isa::Amx { PAIR } else { 1 };
-        for panel in panels.clone().step_by(at_once) {
-            let pair = at_once.min(panels.end - panel);
-            for first in rows.clone().step_by(ROWS) {
-                let count = ROWS.min(rows.end - first);
-                // As in a binary counter: two sums of as many pieces each become one.
-                let mut sums = 0;
-                for piece in 0..w.shape.pieces {
-                    product(
-                        self.isa(),
-                        input,
-                        w,
-                        Part { first, count, panel, panels: pair, piece, end: panels.end },
-                        &mut tiles[sums],
-                    );
-                    sums += 1;
-                    for _ in 0..(piece + 1).trailing_zeros() {
-                        sums -= 1;
-                        let (earlier, later) = tiles.split_at_mut(sums);
-                        for (sum, later) in earlier[sums - 1].iter_mut().zip(&later[0]).take(pair) {
-                            dispatch!(self.isa(), merge(sum, later, count));
+        let at_once = self.panels_at_once();
+        TILES.with_borrow_mut(|tiles| {
+            #[cfg(target_arch = "x86_64")]
+            if let Some(row) = OneRow::of(self.isa(), input, &rows, w) {
+                for panel in panels.clone().step_by(PAIR) {
+                    let count = PAIR.min(panels.end - panel);
+                    row.panels(panel, count, &mut tiles[0]);
+                    tiles[0].iter().take(count).zip(panel..).for_each(|(tile, at)| done(at, (rows.start, 1), tile));
+                }
+                return;
+            }
+            for panel in panels.clone().step_by(at_once) {
+                let pair = at_once.min(panels.end - panel);
+                for first in rows.clone().step_by(ROWS) {
+                    let count = ROWS.min(rows.end - first);
+                    // As in a binary counter: two sums of as many pieces each become one.
+                    let mut sums = 0;
+                    for piece in 0..w.shape.pieces {
+                        product(
+                            self.isa(),
+                            input,
+                            w,
+                            Part { first, count, panel, panels: pair, piece, end: panels.end },
+                            &mut tiles[sums],
+                        );
+                        sums += 1;
+                        for _ in 0..(piece + 1).trailing_zeros() {
+                            sums -= 1;
+                            let (earlier, later) = tiles.split_at_mut(sums);
+                            for (sum, later) in earlier[sums - 1].iter_mut().zip(&later[0]).take(pair) {
+                                dispatch!(self.isa(), merge(sum, later, count));
+                            }
                         }
                     }
-                }
-                for (i, tile) in tiles[0].iter().enumerate().take(pair) {
-                    done(panel + i, (first, count), tile);
+                    for (i, tile) in tiles[0].iter().enumerate().take(pair) {
+                        done(panel + i, (first, count), tile);
+                    }
                 }
             }
-        }
+        })
+    }
+
+    /// Elsewhere than on AMX one stream of memory after the other is faster.
+    fn panels_at_once(&self) -> usize {
+        if self.isa() == Isa::Amx { PAIR } else { 1 }
     }
 }
 
@@ -175,9 +205,12 @@ mod tests {
     fn tasks_cover_every_panel_once() {
         for threads in 1..=9 {
             for panels in 1..200 {
-                let tasks = Tasks::new(panels, threads);
-                let covered: Vec<usize> = (0..tasks.count()).flat_map(|task| tasks.panels(task)).collect();
-                assert_eq!(covered, (0..panels).collect::<Vec<_>>(), "{panels} panels, {threads} threads");
+                for (at_once, small) in [(1, false), (1, true), (PAIR, false), (PAIR, true)] {
+                    let tasks = Tasks::new(panels, threads, at_once, small);
+                    let covered: Vec<usize> = (0..tasks.count()).flat_map(|task| tasks.panels(task)).collect();
+                    assert_eq!(covered, (0..panels).collect::<Vec<_>>(), "{panels} panels, {threads} threads");
+                    assert!(small || at_once > 1 || tasks.count() <= 2 * threads, "as even as can be");
+                }
             }
         }
     }

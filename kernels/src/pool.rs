@@ -19,17 +19,28 @@ pub struct Pool {
     turn: Mutex<()>,
 }
 
-struct Shared {
+/// What passes between threads for every loop, in one line of memory: a loop can be as short as its way there and back.
+#[repr(align(64))]
+struct Handover {
     /// The loop being run. Written by the caller before `generation` rises, read by workers after they saw it rise.
     job: UnsafeCell<Job>,
     generation: AtomicU64,
-    /// Next iteration to take.
-    next: AtomicUsize,
     /// Workers that have not finished the present generation.
     busy: AtomicUsize,
+}
+
+/// The next iteration to take, beyond each thread's first. Apart from what waiting threads look at.
+#[repr(align(64))]
+struct Next(AtomicUsize);
+
+struct Shared {
+    handover: Handover,
+    next: Next,
     panicked: AtomicBool,
     stop: AtomicBool,
-    sleeping: Mutex<usize>,
+    /// Workers that park, or are about to.
+    sleepers: AtomicUsize,
+    sleeping: Mutex<()>,
     /// Tells parked workers of a new generation, or of the end.
     wake: Condvar,
     /// Set while the caller parks until `busy` is zero.
@@ -43,6 +54,8 @@ struct Shared {
 struct Job {
     task: Option<*const Task<'static>>,
     tasks: usize,
+    /// That take part.
+    threads: usize,
 }
 
 // SAFETY: `job` is written only while no worker is busy and read only while the writer waits for `busy` to fall to
@@ -61,22 +74,25 @@ impl Pool {
     pub fn new(threads: usize) -> Pool {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let shared = Arc::new(Shared {
-            job: UnsafeCell::new(Job { task: None, tasks: 0 }),
-            generation: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            handover: Handover {
+                job: UnsafeCell::new(Job { task: None, tasks: 0, threads: 0 }),
+                generation: AtomicU64::new(0),
+                busy: AtomicUsize::new(0),
+            },
+            next: Next(AtomicUsize::new(0)),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            sleeping: Mutex::new(0),
+            sleepers: AtomicUsize::new(0),
+            sleeping: Mutex::new(()),
             wake: Condvar::new(),
             caller_parked: AtomicBool::new(false),
             done: Condvar::new(),
             spins: if threads <= cores { SPINS_MAX } else { 0 },
         });
         let workers = (1..threads)
-            .filter_map(|i| {
+            .map_while(|i| {
                 let shared = Arc::clone(&shared);
-                std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || shared.work()).ok()
+                std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || shared.work(i)).ok()
             })
             .collect();
         Pool { shared, workers, turn: Mutex::new(()) }
@@ -100,14 +116,17 @@ impl Pool {
         // SAFETY: the lifetime is erased only until the wait below: no worker reads the task after `busy` is zero.
         let task: *const Task<'static> = unsafe { std::mem::transmute::<&Task<'_>, &Task<'static>>(task) };
         // SAFETY: `busy` is zero, so no worker reads `job`, and `turn` keeps other callers out.
-        unsafe { *shared.job.get() = Job { task: Some(task), tasks } };
-        shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
-        shared.generation.fetch_add(1, Ordering::SeqCst);
-        if *lock(&shared.sleeping) > 0 {
+        unsafe { *shared.handover.job.get() = Job { task: Some(task), tasks, threads: self.threads() } };
+        shared.next.0.store(self.threads(), Ordering::Relaxed);
+        shared.handover.busy.store(self.workers.len(), Ordering::Relaxed);
+        shared.handover.generation.fetch_add(1, Ordering::SeqCst);
+        // A worker counts itself among the sleepers, then looks at `generation`; here it is the reverse. In one order of
+        // all four at least one sees the other, and the lock keeps the notice until the worker waits for it.
+        if shared.sleepers.load(Ordering::SeqCst) > 0 {
+            drop(lock(&shared.sleeping));
             shared.wake.notify_all();
         }
-        let caught = catch_unwind(AssertUnwindSafe(|| shared.take_iterations()));
+        let caught = catch_unwind(AssertUnwindSafe(|| shared.take_iterations(0)));
         shared.wait_for_workers();
         let panicked = shared.panicked.swap(false, Ordering::Relaxed);
         drop(turn);
@@ -119,33 +138,34 @@ impl Pool {
 }
 
 impl Shared {
-    /// Takes iterations of the present loop until none is left.
-    fn take_iterations(&self) {
+    /// Takes iterations of the present loop until none is left: the one of thread `own` first, then whichever is next.
+    fn take_iterations(&self, own: usize) {
         // SAFETY: called between the rise of `generation` and the fall of `busy`, while `job` is not written.
-        let Job { task, tasks } = unsafe { *self.job.get() };
+        let Job { task, tasks, threads } = unsafe { *self.handover.job.get() };
         let Some(task) = task else { return };
         // SAFETY: the caller of `run` keeps the task alive until `busy` is zero.
         let task = unsafe { &*task };
         let _inside = Inside::enter();
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
+        let mut i = own;
+        while i < tasks {
+            task(i);
+            if tasks <= threads {
                 return;
             }
-            task(i);
+            i = self.next.0.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn work(&self) {
+    fn work(&self, own: usize) {
         let mut seen = 0;
         while let Some(generation) = self.wait(seen) {
             seen = generation;
-            if catch_unwind(AssertUnwindSafe(|| self.take_iterations())).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| self.take_iterations(own))).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
             // The last worker lowers `busy`, then looks at `caller_parked`; the caller does the reverse. In one order
             // of all four at least one sees the other, and the lock keeps the notice until the caller waits for it.
-            if self.busy.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_parked.load(Ordering::SeqCst) {
+            if self.handover.busy.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_parked.load(Ordering::SeqCst) {
                 drop(lock(&self.sleeping));
                 self.done.notify_one();
             }
@@ -155,7 +175,7 @@ impl Shared {
     /// Returns when every worker has finished the present generation.
     fn wait_for_workers(&self) {
         for _ in 0..self.spins {
-            if self.busy.load(Ordering::Acquire) == 0 {
+            if self.handover.busy.load(Ordering::Acquire) == 0 {
                 return;
             }
             std::hint::spin_loop();
@@ -163,7 +183,7 @@ impl Shared {
         let mut sleeping = lock(&self.sleeping);
         // A swap where a store would do: emulators of Arm are known to let a later load pass a store.
         self.caller_parked.swap(true, Ordering::SeqCst);
-        while self.busy.load(Ordering::SeqCst) > 0 {
+        while self.handover.busy.load(Ordering::SeqCst) > 0 {
             sleeping = self.done.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
         }
         self.caller_parked.store(false, Ordering::SeqCst);
@@ -172,7 +192,7 @@ impl Shared {
     /// The next generation after `seen`, or `None` when the pool stops.
     fn wait(&self, seen: u64) -> Option<u64> {
         for _ in 0..self.spins {
-            let now = self.generation.load(Ordering::Acquire);
+            let now = self.handover.generation.load(Ordering::Acquire);
             if now != seen {
                 return Some(now);
             }
@@ -182,11 +202,11 @@ impl Shared {
             std::hint::spin_loop();
         }
         let mut sleeping = lock(&self.sleeping);
-        *sleeping += 1;
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
         loop {
-            let now = self.generation.load(Ordering::SeqCst);
+            let now = self.handover.generation.load(Ordering::SeqCst);
             if now != seen || self.stop.load(Ordering::Relaxed) {
-                *sleeping -= 1;
+                self.sleepers.fetch_sub(1, Ordering::SeqCst);
                 return (now != seen).then_some(now);
             }
             sleeping = self.wake.wait(sleeping).unwrap_or_else(PoisonError::into_inner);

@@ -1,6 +1,6 @@
 //! Runs of slots that are attended to apart, and how their results become one.
 
-use super::{Attention, SPLIT_SLOTS, Sink, TILE_ROWS, run_tile};
+use super::{Attention, SPLIT_SLOTS, STATE, Sink, TILE_ROWS, run_tile};
 use crate::Cpu;
 use crate::exp::exp;
 use crate::kv::HEAD_DIM_MAX;
@@ -55,7 +55,9 @@ impl Cpu {
             self.pool().run(tasks * splits, &|task| {
                 let (task, split) = (task / splits, task % splits);
                 let (tile, kv_head) = (task / kv_heads, task % kv_heads);
-                dispatch!(self.isa(), run_tile(job, tile, kv_head, split..split + 1, &sink));
+                STATE.with_borrow_mut(|state| {
+                    dispatch!(self.isa(), run_tile(job, (tile, kv_head), split..split + 1, &sink, state));
+                });
             });
             let Sink::Parts(parts) = &sink else { return };
             self.pool().run(tasks, &|task| {
