@@ -91,7 +91,7 @@ pub struct EvalArgs {
     /// Documents of real code at most
     #[arg(long, default_value_t = 200)]
     pub code_limit: usize,
-    /// Logs of training to draw: folders of stages, or their log.jsonl
+    /// Logs of training to draw: folders of stages, their log.jsonl, or an earlier report.json that drew them
     #[arg(long, value_delimiter = ',')]
     pub logs: Vec<PathBuf>,
     /// Folder of the answers and the report; an interrupted evaluation goes on from it
@@ -162,7 +162,7 @@ impl Material {
 
 async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
     let material = Material::read(args)?;
-    let stages = args.logs.iter().map(|path| Stage::read(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    let stages = args.logs.iter().map(|path| Stage::read(path)).collect::<anyhow::Result<Vec<_>>>()?.concat();
     let name = if args.endpoint.is_some() { args.model.model.as_deref() } else { None };
     let mut asker = Asker::connect(client, name, usize::from(args.streams)).await?;
     (asker.stop, asker.max_tokens) = (args.stop.clone(), args.max_tokens);

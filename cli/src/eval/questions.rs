@@ -50,7 +50,7 @@ pub fn infill(tasks: &[Task]) -> Vec<Case> {
             return None;
         }
         let before: String = before.iter().map(|line| format!("{line}\n")).collect();
-        let after: String = after.iter().map(|line| format!("\n{line}")).collect();
+        let after: String = after.iter().map(|line| format!("\n{line}")).chain(["\n".into()]).collect();
         Some(Case {
             id: task.task_id.clone(),
             prompt: format!("{}{before}", task.prompt),
@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(judged(&cases, "    return a\n"), (false, true));
         assert_eq!(judged(&cases, "    return (\n"), (false, false));
         let cases = infill(&[task()]);
-        assert_eq!(cases[0].suffix.as_deref(), Some("\n    return c"));
+        assert_eq!(cases[0].suffix.as_deref(), Some("\n    return c\n"));
         assert_eq!(judged(&cases, "    c = 2 * b"), (true, true));
         assert_eq!(judged(&cases, "    c = b * 2"), (false, true));
         let documents = [Document {

@@ -4,7 +4,7 @@ use super::bits::Bits;
 use super::score::Row;
 use crate::bench::machine::Machine;
 use anyhow::{Context, anyhow};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use unmask_trainer::progress::Record;
@@ -60,7 +60,8 @@ pub struct ModelFacts {
 }
 
 /// One stage's log.
-#[derive(Debug, Default, PartialEq, Serialize)]
+#[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Stage {
     /// Name of its folder.
     pub name: String,
@@ -70,14 +71,24 @@ pub struct Stage {
     pub rounds: Vec<(usize, f64, f64)>,
 }
 
+/// What of an earlier report is drawn again.
+#[derive(Deserialize)]
+struct Drawn {
+    stages: Vec<Stage>,
+}
+
 impl Stage {
-    /// Reads `log.jsonl` of a stage, or of its folder.
+    /// Reads `log.jsonl` of a stage, or of its folder; of a report all that it has.
     ///
     /// # Errors
     /// It cannot be read, or a line is malformed (with its number).
-    pub fn read(path: &Path) -> anyhow::Result<Stage> {
+    pub fn read(path: &Path) -> anyhow::Result<Vec<Stage>> {
         let file: PathBuf = if path.is_dir() { path.join("log.jsonl") } else { path.to_owned() };
         let text = std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        if file.extension().is_some_and(|extension| extension == "json") {
+            let drawn: Drawn = serde_json::from_str(&text).with_context(|| format!("{}", file.display()))?;
+            return Ok(drawn.stages);
+        }
         let folder = file.canonicalize().ok().and_then(|file| Some(file.parent()?.file_name()?.to_owned()));
         let mut stage = Stage { name: folder.unwrap_or_default().to_string_lossy().into_owned(), ..Stage::default() };
         let mut losses = Vec::new();
@@ -89,7 +100,7 @@ impl Stage {
             }
         }
         stage.losses = thinned(&losses);
-        Ok(stage)
+        Ok(vec![stage])
     }
 }
 
@@ -151,11 +162,16 @@ mod tests {
         };
         let round = r#"{"kind":"round","step":2,"pass_rate":0.9,"tpf":3.0,"prompts":9,"kept":8,"kept_tpf":3.1,"passing":[0.9]}"#;
         std::fs::write(folder.join("log.jsonl"), [step(1), step(2), round.into()].join("\n")).unwrap();
-        let stage = Stage::read(&folder).unwrap();
+        let stages = Stage::read(&folder).unwrap();
+        let stage = &stages[0];
         assert_eq!(
             (stage.name.as_str(), stage.losses.len(), &stage.rounds[..]),
             ("on-policy", 2, &[(2, 0.9, 3.0)][..])
         );
+        let report = dir.path().join("report.json");
+        std::fs::write(&report, serde_json::json!({ "format": "unmask.eval/1", "stages": stages }).to_string())
+            .unwrap();
+        assert_eq!(Stage::read(&report).unwrap(), stages);
         std::fs::write(folder.join("log.jsonl"), "{").unwrap();
         assert!(format!("{:#}", Stage::read(&folder).unwrap_err()).contains("log.jsonl:1"));
     }
