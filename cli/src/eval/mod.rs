@@ -205,7 +205,7 @@ async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
     let [rows, infill, code] = <[Vec<Row>; 3]>::try_from(tables).unwrap_or_default();
     let report = Report {
         format: "unmask.eval/1",
-        command: std::env::args().collect::<Vec<_>>().join(" "),
+        command: std::iter::once("unmask".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" "),
         machine: Machine::here(),
         model: ModelFacts {
             name: asker.model.name,

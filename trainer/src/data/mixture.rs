@@ -11,6 +11,12 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use tokenizers::Tokenizer;
 
+/// Of the gaps to fill in, the share that is whole lines, as editors leave them.
+const LINES_SHARE: f64 = 0.5;
+/// Of the texts behind a gap, the share without the line break at their end: not every caller sends it.
+const BARE_SHARE: f64 = 0.5;
+/// Most lines of such a gap.
+const LINES_MAX: usize = 3;
 /// Most cuts of one document.
 const CUTS_MAX: usize = 3;
 
@@ -115,6 +121,15 @@ impl Mixture {
     }
 }
 
+/// Where some whole lines begin and end, without the line break behind them.
+fn lines(text: &str, rng: &mut ChaCha8Rng) -> (usize, usize) {
+    let starts: Vec<usize> = [0].into_iter().chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
+    let first = rng.random_range(0..starts.len());
+    let last = (first + rng.random_range(0..LINES_MAX)).min(starts.len() - 1);
+    let end = starts.get(last + 1).map_or(text.len(), |next| next - 1);
+    (starts[first], end)
+}
+
 /// A random character boundary.
 fn boundary(text: &str, rng: &mut ChaCha8Rng) -> usize {
     let mut at = rng.random_range(0..=text.len());
@@ -133,9 +148,15 @@ impl Documents for Mixture {
         let text = self.text(index, rng);
         let mut ids = Vec::new();
         if rng.random_bool(self.config.infill_share) {
-            let (a, b) = (boundary(&text, rng), boundary(&text, rng));
-            let (a, b) = (a.min(b), a.max(b));
-            for (sentinel, piece) in FIM.into_iter().zip([&text[..a], &text[b..], &text[a..b]]) {
+            let (a, b) = if rng.random_bool(LINES_SHARE) {
+                lines(&text, rng)
+            } else {
+                let (a, b) = (boundary(&text, rng), boundary(&text, rng));
+                (a.min(b), a.max(b))
+            };
+            let suffix = &text[b..];
+            let suffix = if rng.random_bool(BARE_SHARE) { suffix.strip_suffix('\n').unwrap_or(suffix) } else { suffix };
+            for (sentinel, piece) in FIM.into_iter().zip([&text[..a], suffix, &text[a..b]]) {
                 ids.push(sentinel);
                 ids.extend(self.ids(piece));
             }
@@ -155,6 +176,23 @@ mod tests {
     use super::*;
     use crate::data::bpe;
     use rand::SeedableRng;
+
+    #[test]
+    fn whole_lines_are_taken_out() {
+        let text = "def f(x):\n    y = x\n\n    return y\n";
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..500 {
+            let (a, b) = lines(text, &mut rng);
+            assert!(
+                a <= b && (a == 0 || text[..a].ends_with('\n')) && (b == text.len() || text[b..].starts_with('\n'))
+            );
+            assert!(text[a..b].matches('\n').count() < LINES_MAX);
+            seen.insert((a, b));
+        }
+        assert!(seen.contains(&(10, 19)) && seen.contains(&(0, 19)) && seen.contains(&(20, 20)), "{seen:?}");
+        assert_eq!(lines("", &mut rng), (0, 0));
+    }
 
     #[test]
     fn documents_decode_to_their_source_however_they_are_cut() {
@@ -187,7 +225,8 @@ mod tests {
             } else {
                 decode(&ids)
             };
-            assert_eq!(source, *text);
+            let whole = |text: &str| text.strip_suffix('\n').unwrap_or(text).to_owned();
+            assert_eq!(whole(&source), whole(text));
         }
         assert!((25..75).contains(&infills));
         assert!(Mixture::open(&MixtureConfig { real_share: 2.0, tasks: 0, ..config }, Part::Training).is_err());
