@@ -1,8 +1,8 @@
 //! A valid request's prompt in token ids, and how the output must begin where they leave its last word out.
 
-use crate::validate::Input;
+use crate::validate::{Input, Valid};
 use unmask_proto::v1::policy::Kind;
-use unmask_proto::v1::{Capabilities, InfillTokens, OpeningPlace, ResolvedSettings};
+use unmask_proto::v1::{Capabilities, InfillTokens, OpeningPlace};
 use unmask_text::{Specials, Tail, TextError, Tokenizer};
 
 /// A prompt as a worker takes it.
@@ -14,24 +14,24 @@ pub(crate) struct Prompt {
 }
 
 impl Prompt {
-    /// The prompt of a valid request. Its last word is left out where the model takes that and causal rows decide.
+    /// The prompt of a valid request. Its last word is left out where the model takes that and causal rows decide, unless
+    /// an earlier run began behind it, as what was received of it tells.
     ///
     /// # Errors
     /// As [`encode`].
-    pub(crate) fn of(
-        tokenizer: &Tokenizer,
-        input: &Input,
-        suffix: Option<&str>,
-        settings: &ResolvedSettings,
-        capabilities: &Capabilities,
-    ) -> Result<Self, TextError> {
+    pub(crate) fn of(tokenizer: &Tokenizer, valid: &Valid, capabilities: &Capabilities) -> Result<Self, TextError> {
+        let Valid { input, suffix, settings, resume, .. } = valid;
         let kind = settings.policy.and_then(|policy| policy.kind);
         let causal = matches!(kind, Some(Kind::Autoregressive(_) | Kind::SelfSpeculative(_)));
         if let (Input::Text(text), None, true) = (input, suffix, capabilities.heal && causal) {
             let (ids, tail) = tokenizer.encode_but_last_word(text)?;
-            return Ok(Self { ids, tail });
+            let received = resume.iter().flat_map(|resume| &resume.received);
+            let spelled = received.flat_map(|&id| tokenizer.token_bytes(id));
+            if tail.as_ref().is_none_or(|tail| spelled.zip(tail.typed.as_bytes()).all(|(a, b)| a == b)) {
+                return Ok(Self { ids, tail });
+            }
         }
-        Ok(Self { ids: encode(tokenizer, input, suffix, capabilities.infill)?, tail: None })
+        Ok(Self { ids: encode(tokenizer, input, suffix.as_deref(), capabilities.infill)?, tail: None })
     }
 
     /// The tail as workers take it.
@@ -90,7 +90,10 @@ fn encode(
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use crate::validate::Resumed;
     use std::path::Path;
+    use unmask_proto::v1::policy::{SelfSpeculative, Threshold};
+    use unmask_proto::v1::{Policy, ResolvedSettings};
 
     fn tokenizer(family: &str) -> Tokenizer {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(family);
@@ -109,6 +112,43 @@ mod tests {
         assert_eq!(ids.iter().filter(|&&id| id == 8).count(), 1);
         let ids = encode(&tokenizer, &Input::Ids(vec![50, 51]), Some("x\n"), sentinels).unwrap();
         assert_eq!(ids, [&[6, 50, 51, 7], &plain("x\n")[..], &[8]].concat());
+    }
+
+    #[test]
+    fn the_last_word_is_left_out_where_the_model_takes_that() {
+        let tokenizer = tokenizer("stable_diffcoder");
+        let plain = |text: &str| tokenizer.encode(text, Specials::AsText, true).unwrap();
+        let policy = |kind| Some(Policy { kind: Some(kind) });
+        let causal = policy(Kind::SelfSpeculative(SelfSpeculative { tau: 0.5 }));
+        let ask = |policy, received: Option<&str>, heal| {
+            let valid = Valid {
+                input: Input::Text("def pal".into()),
+                suffix: None,
+                settings: ResolvedSettings { policy, ..Default::default() },
+                max_tokens: None,
+                drafts: false,
+                priority: 0,
+                resume: received.map(|text| Resumed {
+                    request_id: "r".into(),
+                    received: tokenizer.encode(text, Specials::AsText, false).unwrap(),
+                    passes_used: 0,
+                }),
+            };
+            Prompt::of(&tokenizer, &valid, &Capabilities { heal, ..Default::default() }).unwrap()
+        };
+        for received in [None, Some(""), Some(" p"), Some(" palindrome(s)")] {
+            let healed = ask(causal, received, true);
+            assert_eq!((healed.ids, healed.tail.unwrap().typed), (plain("def"), " pal".into()));
+        }
+        // It began elsewhere, where nothing was left out.
+        for (policy, received, heal) in [
+            (causal, Some("indrome(s)"), true),
+            (causal, None, false),
+            (policy(Kind::Threshold(Threshold { tau: 0.9 })), None, true),
+        ] {
+            let whole = ask(policy, received, heal);
+            assert_eq!((whole.ids, whole.tail), (plain("def pal"), None));
+        }
     }
 
     #[test]

@@ -311,8 +311,7 @@ impl Service {
         let capabilities = route.model.capabilities.unwrap_or_default();
         let (tokenizer, field) = (Arc::clone(tokenizer), valid.input.field());
         let encode = move || {
-            let suffix = valid.suffix.as_deref();
-            let prompt = Prompt::of(&tokenizer, &valid.input, suffix, &valid.settings, &capabilities);
+            let prompt = Prompt::of(&tokenizer, &valid, &capabilities);
             prompt.map(|prompt| (valid, prompt))
         };
         self.blocking(bytes, encode).await?.map_err(|error| refused(field, &error))
