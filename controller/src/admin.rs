@@ -117,7 +117,7 @@ pub(crate) fn read_intent(intent: Option<PolicyIntent>, require: &mut impl FnMut
         Some(Kind::ModelDefaults(_)) => Intent::ModelDefaults,
         Some(Kind::Fixed(FixedSettings { block_size, threshold, self_speculative })) => {
             let fits = (1..=BLOCK_SIZE_MAX).contains(&block_size);
-            require(fits, "intent.fixed.block_size", "must be from 1 to 256");
+            require(fits, "intent.fixed.block_size", &format!("must be from 1 to {BLOCK_SIZE_MAX}"));
             let tau = threshold.is_none_or(|tau| tau > 0.0 && tau <= 1.0);
             require(tau, "intent.fixed.threshold", "must be above 0 and at most 1");
             let alone = (block_size == 1) == threshold.is_none();
@@ -133,7 +133,7 @@ pub(crate) fn read_intent(intent: Option<PolicyIntent>, require: &mut impl FnMut
             require(share, "intent.automatic.floor", "must be from 0 to 1");
             let sizes = block_sizes.len() <= BLOCK_SIZE_MAX as usize
                 && block_sizes.iter().all(|size| (1..=BLOCK_SIZE_MAX).contains(size));
-            require(sizes, "intent.automatic.block_sizes", "must be from 1 to 256");
+            require(sizes, "intent.automatic.block_sizes", &format!("must be from 1 to {BLOCK_SIZE_MAX}"));
             Intent::Automatic { latency_ms, floor, block_sizes }
         }
     }

@@ -6,9 +6,9 @@
 use crate::TextError;
 use crate::tokenizer::{Specials, Tokenizer};
 
-/// Longest text that is taken back (bytes).
+/// Longest text that is taken back (bytes), as many as a worker takes places.
 const TYPED_BYTES_MAX: usize = 64;
-/// Most choices of all places together.
+/// Most choices of all places together, as many as a worker takes.
 const CHOICES_MAX: usize = 1 << 16;
 
 /// Text that the ids of a prompt leave out.
@@ -65,15 +65,13 @@ impl Tokenizer {
         }
         let mut ways = vec![Vec::new(); bytes.len()];
         let mut choices = 0;
-        for id in (0..self.vocab_size()).filter(|&id| !self.is_special(id)) {
-            let token = self.token_bytes(id);
-            for (at, ways) in ways.iter_mut().enumerate() {
-                let rest = &bytes[at..];
-                if !token.is_empty() && (rest.starts_with(token) || token.starts_with(rest)) {
-                    ways.push((id, (at + token.len()).min(bytes.len()) as u32));
-                    choices += 1;
-                }
-            }
+        for (at, ways) in ways.iter_mut().enumerate() {
+            let rest = &bytes[at..];
+            let agrees = |token: &[u8]| rest.starts_with(token) || token.starts_with(rest);
+            let tokens = self.beginning_with(rest[0]).iter().map(|&id| (id, self.token_bytes(id)));
+            let next = |token: &[u8]| (at + token.len()).min(bytes.len()) as u32;
+            ways.extend(tokens.filter(|(_, token)| agrees(token)).map(|(id, token)| (id, next(token))));
+            choices += ways.len();
         }
         // A byte that no token spells would leave nothing to choose.
         let open = ways.iter().all(|ways| !ways.is_empty());

@@ -34,6 +34,8 @@ pub struct Tokenizer {
     special: Vec<bool>,
     /// Ids that stand for one byte each, by byte.
     single: Box<[Option<u32>; 256]>,
+    /// Ids that are not special by their first byte, ascending: a user's last word is not looked up in the whole vocabulary.
+    by_first: Vec<Vec<u32>>,
     digest: String,
 }
 
@@ -72,10 +74,13 @@ impl Tokenizer {
             (0..).zip(&special).filter(|(_, special)| **special).filter_map(|(id, _)| parsing.id_to_token(id));
         literal.add_special_tokens(&specials.map(|token| AddedToken::from(token, true)).collect::<Vec<_>>());
         literal.set_encode_special_tokens(true);
-        let mut single = Box::new([None; 256]);
-        for ((id, bytes), special) in (0..).zip(&bytes).zip(&special) {
-            if let ([byte], false) = (bytes.as_slice(), special) {
+        let (mut single, mut by_first) = (Box::new([None; 256]), vec![Vec::new(); 256]);
+        for ((id, bytes), _) in (0..).zip(&bytes).zip(&special).filter(|(_, special)| !**special) {
+            if let [byte] = bytes.as_slice() {
                 single[usize::from(*byte)].get_or_insert(id);
+            }
+            if let Some(&first) = bytes.first() {
+                by_first[usize::from(first)].push(id);
             }
         }
         let mut digest = Sha256::new();
@@ -85,7 +90,7 @@ impl Tokenizer {
         }
         let digest = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         let template = Template::find(own_template, &config)?;
-        Ok(Tokenizer { parsing, literal, template, bytes, special, single, digest })
+        Ok(Tokenizer { parsing, literal, template, bytes, special, single, by_first, digest })
     }
 
     /// SHA-256, hexadecimal, of the three files, each after its length (8 bytes, little-endian).
@@ -152,6 +157,11 @@ impl Tokenizer {
     /// Bytes that a token stands for, those of its spelling for a special one; none for unknown ids.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         self.bytes.get(id as usize).map_or(&[], Vec::as_slice)
+    }
+
+    /// Ids of the tokens whose first byte is `first`, without special ones, ascending.
+    pub(crate) fn beginning_with(&self, first: u8) -> &[u32] {
+        &self.by_first[usize::from(first)]
     }
 
     /// Whether a token is special.

@@ -114,7 +114,7 @@ impl Given {
     /// Text of an answer to it, behind what was typed.
     pub fn text(&self, answer: &[u32], tokenizer: &Tokenizer) -> String {
         let (text, typed) = (tokenizer.decode(answer, true), self.tail.as_ref().map_or("", |tail| &tail.typed));
-        text.strip_prefix(typed).map_or(text.clone(), str::to_owned)
+        text.strip_prefix(typed).unwrap_or(&text).to_owned()
     }
 }
 

@@ -319,9 +319,8 @@ impl<'a> Rounds<'a> {
         taken: &[usize],
         point: Point,
     ) -> anyhow::Result<Vec<Decoded>> {
-        let encode = |&i: &usize| self.tokenizer.encode(&prompts[i].text, Specials::AsText, false);
-        let ids: Vec<Vec<u32>> = taken.iter().map(encode).collect::<Result<_, _>>()?;
-        let given: Vec<Given> = ids.iter().cloned().map(Given::from).collect();
+        let encode = |&i: &usize| self.tokenizer.encode(&prompts[i].text, Specials::AsText, false).map(Given::from);
+        let given: Vec<Given> = taken.iter().map(encode).collect::<Result<_, _>>()?;
         let rollouts = roll_out(model, &given, point, STREAMS, |_| {})?.rollouts;
         let answers: Vec<(&Prompt, String)> = taken
             .iter()
@@ -329,8 +328,10 @@ impl<'a> Rounds<'a> {
             .map(|(&i, rollout)| (&prompts[i], self.tokenizer.decode(&rollout.answer, true)))
             .collect();
         let passed = verify(&answers)?;
-        let all = taken.iter().zip(ids).zip(rollouts).zip(passed);
-        Ok(all.map(|(((&index, prompt), rollout), passed)| Decoded { index, prompt, rollout, passed }).collect())
+        let all = taken.iter().zip(given).zip(rollouts).zip(passed);
+        Ok(all
+            .map(|(((&index, given), rollout), passed)| Decoded { index, prompt: given.ids, rollout, passed })
+            .collect())
     }
 
     /// Prompts of `count` tasks from number `first` on, some of them cut.

@@ -35,6 +35,8 @@ use unmask_trainer::data::corpus::{self, Document};
 use unmask_trainer::measure::{self, Point, Rule};
 use unmask_trainer::tasks::Task;
 
+/// Largest block of the usual grid (positions): larger ones need room that not every worker has.
+const GRID_BLOCK_SIZE_MAX: u32 = 64;
 /// Questions between two lines of the file of answers.
 const BATCH: usize = 50;
 
@@ -64,8 +66,9 @@ pub struct EvalArgs {
     /// Most tasks to take
     #[arg(long)]
     pub limit: Option<usize>,
-    /// Block sizes; 1 is autoregressive. Where absent: those the model was trained for, and 1 where it has a baseline
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=256))]
+    /// Block sizes; 1 is autoregressive. Where absent: those up to 64 that the model was trained for, and 1 where it has
+    /// a baseline
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub block_sizes: Vec<u32>,
     /// Confidence thresholds
     #[arg(long, value_delimiter = ',', default_value = "0.95,0.9", value_parser = threshold)]
@@ -240,7 +243,8 @@ fn conditions(args: &EvalArgs) -> String {
 
 /// The baseline once, where the model has one; every other block size at every threshold.
 fn points(args: &EvalArgs, trained: &[u32], autoregressive: bool) -> Vec<Point> {
-    let all: Vec<u32> = autoregressive.then_some(1).into_iter().chain(trained.iter().copied()).collect();
+    let usual = trained.iter().copied().filter(|&size| size <= GRID_BLOCK_SIZE_MAX);
+    let all: Vec<u32> = autoregressive.then_some(1).into_iter().chain(usual).collect();
     let mut sizes = if args.block_sizes.is_empty() { all } else { args.block_sizes.clone() };
     sizes.sort_unstable();
     sizes.dedup();

@@ -74,6 +74,7 @@ pub struct Stage {
 /// What of an earlier report is drawn again.
 #[derive(Deserialize)]
 struct Drawn {
+    #[serde(default)]
     stages: Vec<Stage>,
 }
 

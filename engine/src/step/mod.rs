@@ -28,7 +28,7 @@ use unmask_kernels::{Draw, Record, Row};
 /// Named limits of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Most rows of one step; at least 8 times the largest block size of a request.
+    /// Most rows of one step; at least 8 times the largest block size of a request, where passes do not compute everything.
     pub rows_max: u32,
     /// Most requests that hold key/value pages.
     pub active_max: usize,
