@@ -184,7 +184,7 @@ pub struct GenerateArgs {
     /// Take the prompt as a user's message and render the model's chat template
     #[arg(long)]
     pub chat: bool,
-    /// Text after the gap to fill
+    /// Text after the gap to fill; where masks fill it, --max-tokens is its length
     #[arg(long)]
     pub suffix: Option<String>,
     /// Most tokens to generate

@@ -124,12 +124,13 @@ fn travel(mut column: usize, text: &str, columns: usize) -> (usize, usize) {
 /// An event as JSON, field names as in the protocol.
 pub fn to_json(event: &Event) -> Value {
     match event {
-        Event::Started(Started { request_id, model, prompt_tokens, settings, numerics_id }) => {
+        Event::Started(Started { request_id, model, prompt_tokens, settings, numerics_id, first_position }) => {
             let settings = settings.clone().unwrap_or_default();
             let origins: serde_json::Map<String, Value> =
                 settings.origins.into_iter().map(|(key, origin)| (key, origin.into())).collect();
             json!({ "started": {
-                "request_id": request_id, "model": model, "prompt_tokens": prompt_tokens, "numerics_id": numerics_id,
+                "request_id": request_id, "model": model, "prompt_tokens": prompt_tokens,
+                "first_position": first_position, "numerics_id": numerics_id,
                 "settings": {
                     "max_tokens": settings.max_tokens, "block_size": settings.block_size,
                     "policy": settings.policy.map(policy::to_json), "temperature": number(settings.temperature),

@@ -197,6 +197,27 @@ fn generate_completes_a_word() {
     assert!(text.starts_with("rome") && output.contains(&text), "{text}");
 }
 
+/// A model that reads everything at once fills a gap by what stands on both sides of it.
+#[test]
+fn generate_fills_a_gap_between_two_texts() {
+    for family in ["llada", "dream"] {
+        let model = golden(family);
+        let finish = |suffix: &str| {
+            let base = ["generate", "--model", model.to_str().unwrap(), "--dtype", "f32", "--json", "--seed", "1"];
+            let output = unmask(&[&base[..], &["--max-tokens", "7", "def f(x):\n", "--suffix", suffix]].concat());
+            let events: Vec<Value> = stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            let ids = |event: &Value| event.pointer("/commit/token_ids").and_then(Value::as_array).cloned();
+            let filled: Vec<Value> = events.iter().filter_map(ids).flatten().collect();
+            let usage = events.last().unwrap().pointer("/finish/usage").unwrap().clone();
+            assert_eq!((usage["completion_tokens"].as_u64(), filled.len()), (Some(filled.len() as u64), 7));
+            (filled, usage["prompt_tokens"].as_u64().unwrap())
+        };
+        let (short, longer) = (finish("\n    return y"), finish("\n    return y if x else z"));
+        assert!(short.0 != longer.0 && short.1 < longer.1, "{family}: {short:?} {longer:?}");
+        assert_eq!(short, finish("\n    return y"));
+    }
+}
+
 #[test]
 fn generate_says_what_is_wrong() {
     let error = |more: &[&str]| {

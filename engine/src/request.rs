@@ -22,8 +22,10 @@ pub struct RequestId(pub u64);
 pub struct Request {
     /// Chosen by the caller; must not be in use.
     pub id: RequestId,
-    /// At least one token; none is needed where a text is edited.
+    /// At least one token; none is needed where a text is edited, or before a suffix where rows score their own positions.
     pub prompt: Vec<u32>,
+    /// What stands behind the output, which then has `max_tokens` positions: for models that read everything at once.
+    pub suffix: Vec<u32>,
     /// How to decode.
     pub settings: Settings,
     /// Generated tokens of an earlier run that are final. Cut back to a block boundary; what is cut is
@@ -54,6 +56,7 @@ impl Request {
         Self {
             id,
             prompt,
+            suffix: Vec::new(),
             settings,
             committed: Vec::new(),
             passes_used: 0,
@@ -280,7 +283,7 @@ pub enum Event {
         reason: Reason,
         /// Passes whose rows decided tokens, those of an earlier run included.
         nfe: u32,
-        /// Length of the prompt.
+        /// Length of the prompt and what stands behind the output.
         prompt_tokens: u32,
         /// Tokens committed, those of an earlier run included.
         completion_tokens: u32,

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use unmask_engine::model::{DecodeDefaults, Family, row_end};
-use unmask_engine::policy::{Comparison, Policy};
+use unmask_engine::policy::{Comparison, Order, Policy, Quota};
 use unmask_engine::request::Cache;
 use unmask_engine::{
     Engine, Event, Limits, LoadOptions, Model, ModelConfig, Reach, Request, RequestId, Settings, StepReport,
@@ -14,6 +14,7 @@ use unmask_kernels::{Draw, HeadShape, PAGE_SLOTS, Record, Row, RowTable};
 
 const TAU: f32 = 0.004;
 const POLICY: Policy = Policy::Threshold { tau: TAU, comparison: Comparison::Strict, quota_steps: None };
+const AT_ONCE: Policy = Policy::Fixed { steps: 1, order: Order::Confidence, quota: Quota::Masks };
 const BLOCK: u32 = 8;
 const MAX_TOKENS: u32 = 24;
 const MASK: u32 = 1;
@@ -77,16 +78,24 @@ fn records(model: &Model, ids: &[u32]) -> Vec<Record> {
 
 /// The plainest loop. Returns the tokens after the prompt, denoise passes, and passes that gave a block its first token.
 fn plain(model: &Model, prompt: &[u32], max_tokens: u32, block: u32) -> (Vec<u32>, u32, u32) {
+    plain_between(model, prompt, max_tokens, block, &[])
+}
+
+/// The same with `suffix` right behind the output, whose last block is then as long as is left.
+fn plain_between(model: &Model, prompt: &[u32], max_tokens: u32, block: u32, suffix: &[u32]) -> (Vec<u32>, u32, u32) {
     let (whole, shift) = (model.config().open_reach == Reach::Bidirectional, model.config().shift);
     let (len, limit) = (prompt.len(), prompt.len() + max_tokens as usize);
     let origin = if whole { len } else { 0 };
     let mut canvas = prompt.to_vec();
-    canvas.resize(origin + (limit - origin).next_multiple_of(block as usize), MASK);
+    let rounded = origin + (limit - origin).next_multiple_of(block as usize);
+    let output_end = if suffix.is_empty() { rounded } else { limit };
+    canvas.resize(output_end, MASK);
+    canvas.extend(suffix);
     let (mut passes, mut firsts) = (0, 0);
-    let mut masked: Vec<bool> = (0..canvas.len()).map(|i| i >= len).collect();
+    let mut masked: Vec<bool> = (0..canvas.len()).map(|i| (len..output_end).contains(&i)).collect();
     let first_block = if whole { len } else { len - len % block as usize };
-    for start in (first_block..canvas.len()).step_by(block as usize) {
-        let end = start + block as usize;
+    for start in (first_block..output_end).step_by(block as usize) {
+        let end = (start + block as usize).min(output_end);
         if shift && !whole && masked[start] {
             canvas[start] = records(model, &canvas[..start])[start - 1].argmax;
             masked[start] = false;
@@ -228,12 +237,86 @@ fn a_bidirectional_pass_computes_the_canvas() {
     assert!(reports.iter().all(|report| (report.kept_rows, report.open_rows) == (0, 17 + MAX_TOKENS)));
 }
 
+/// Masks between two texts: both are read in every pass, and the gap is exactly as long as was asked.
+#[test]
+fn gaps_are_filled_by_what_stands_on_both_sides() {
+    let suffix: Vec<u32> = request(5, 13).prompt;
+    for shift in [false, true] {
+        let model = model(Reach::Bidirectional, shift);
+        let mut differ = 0;
+        for (id, max_tokens, block) in [(0, MAX_TOKENS, BLOCK), (1, 19, BLOCK), (2, 5, BLOCK), (3, 19, 19)] {
+            let mut between = request(0, 17 + id);
+            between.settings = Settings::new(max_tokens, block, POLICY);
+            (between.suffix, between.raw) = (suffix.clone(), true);
+            let (answers, reports) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &[between.clone()]);
+            let (tokens, passes, _) = plain_between(&model, &between.prompt, max_tokens, block, &suffix);
+            assert_eq!(answers[0], (tokens.clone(), passes), "shift {shift}, {max_tokens} tokens in blocks of {block}");
+            let rows = 17 + id + max_tokens + suffix.len() as u32;
+            assert!(reports.iter().all(|report| report.open_rows == rows), "{reports:?}");
+            differ += u32::from(tokens != plain(&model, &between.prompt, max_tokens, block).0);
+            // Going on elsewhere changes nothing (I1).
+            between.committed = tokens[..tokens.len() / 2].to_vec();
+            let (resumed, _) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &[between.clone()]);
+            let from = tokens.len() / 2 / block as usize * block as usize;
+            assert_eq!(resumed[0].0, tokens[from..]);
+            // An earlier pass that stands for the rest has all of it in it: here the whole gap falls in its first pass.
+            between.committed.clear();
+            (between.settings.manner.cache, between.settings.policy) = (Cache::Prefix, AT_ONCE);
+            if max_tokens <= block && !shift {
+                let (cached, _) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &[between.clone()]);
+                between.settings.manner.cache = Cache::None;
+                let (anew, _) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &[between]);
+                assert_eq!(cached, anew);
+            }
+        }
+        assert!(differ >= 2, "what stands behind a gap matters");
+    }
+}
+
+/// Reused rows of what stands behind a gap, and little room: being sent back changes no token.
+#[test]
+fn gaps_with_reused_keys_do_not_depend_on_being_sent_back() {
+    for (shift, cache) in [(false, Cache::Prefix), (false, Cache::Dual), (true, Cache::Prefix), (true, Cache::Dual)] {
+        let model = model(Reach::Bidirectional, shift);
+        let gap = |(&len, id): (&u32, u64)| {
+            let mut request = request(id, len);
+            request.suffix = (0..len % 7).map(|i| 50 + i).collect();
+            request.settings.manner.cache = cache;
+            request
+        };
+        let requests: Vec<Request> = [16, 17, 31, 3, 40].iter().zip(0..).map(gap).collect();
+        let (together, _) = run(&mut Engine::new(Arc::clone(&model), limits(64)), &requests);
+        let (tight, _) = run(&mut Engine::new(Arc::clone(&model), limits(5)), &requests);
+        assert_eq!(together, tight, "shift {shift}, {cache:?}");
+    }
+}
+
 #[test]
 fn what_a_layout_cannot_do_is_refused() {
+    let mut behind = request(0, 8);
+    behind.suffix = vec![5];
+    let refusal = Engine::new(model(Reach::Block, false), limits(64)).submit(behind.clone()).unwrap_err().to_string();
+    assert!(refusal.contains("suffix: drawn reads nothing behind"), "{refusal}");
+    // A text may begin with the gap, unless its first position is scored by one before it.
+    behind.prompt.clear();
+    assert!(Engine::new(model(Reach::Bidirectional, false), limits(64)).submit(behind.clone()).is_ok());
+    let refusal = Engine::new(model(Reach::Bidirectional, true), limits(64)).submit(behind.clone()).unwrap_err();
+    assert!(refusal.to_string().contains("prompt: is empty"), "{refusal}");
+    behind.suffix = (0..240).collect();
+    let refusal = Engine::new(model(Reach::Bidirectional, false), limits(64)).submit(behind).unwrap_err().to_string();
+    assert!(refusal.contains("max_tokens: prompt and suffix (240 tokens) and max_tokens (24)"), "{refusal}");
     let mut edits = request(0, 8);
     edits.settings.policy = Policy::JointEdit { tau: 0.9, tau_edit: 0.9, max_post_steps: 1, at_least: 1 };
     let refusal = Engine::new(model(Reach::Block, true), limits(64)).submit(edits).unwrap_err().to_string();
     assert!(refusal.contains("joint_edit"), "{refusal}");
+    for (reach, most) in
+        [(Reach::Bidirectional, u32::MAX), (Reach::Bidirectional, u32::MAX - 8), (Reach::Block, u32::MAX)]
+    {
+        let mut endless = request(0, 8);
+        endless.settings.max_tokens = most;
+        let refusal = Engine::new(model(reach, false), limits(64)).submit(endless).unwrap_err().to_string();
+        assert!(refusal.contains("exceed the context of 256"), "{refusal}");
+    }
     let mut empty = request(0, 8);
     empty.settings.block_size = 0;
     let refusal = Engine::new(model(Reach::Bidirectional, false), limits(64)).submit(empty).unwrap_err().to_string();

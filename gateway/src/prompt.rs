@@ -9,6 +9,8 @@ use unmask_text::{Specials, Tail, TextError, Tokenizer};
 #[derive(Debug, Default)]
 pub(crate) struct Prompt {
     pub ids: Vec<u32>,
+    /// What stands behind the output, for models that read both sides of a gap.
+    pub suffix: Vec<u32>,
     /// What of the prompt the ids leave out: the output begins with it.
     pub tail: Option<Tail>,
 }
@@ -28,10 +30,20 @@ impl Prompt {
             let received = resume.iter().flat_map(|resume| &resume.received);
             let spelled = received.flat_map(|&id| tokenizer.token_bytes(id));
             if tail.as_ref().is_none_or(|tail| spelled.zip(tail.typed.as_bytes()).all(|(a, b)| a == b)) {
-                return Ok(Self { ids, tail });
+                return Ok(Self { ids, tail, ..Self::default() });
             }
         }
-        Ok(Self { ids: encode(tokenizer, input, suffix.as_deref(), capabilities.infill)?, tail: None })
+        let ids = encode(tokenizer, input, suffix.as_deref(), capabilities.infill)?;
+        let suffix = match suffix {
+            Some(suffix) if capabilities.infill.is_none() => tokenizer.encode(suffix, Specials::AsText, false)?,
+            _ => Vec::new(),
+        };
+        Ok(Self { ids, suffix, tail: None })
+    }
+
+    /// Tokens to be read.
+    pub(crate) fn tokens(&self) -> usize {
+        self.ids.len() + self.suffix.len()
     }
 
     /// The tail as workers take it.
@@ -52,7 +64,7 @@ impl Prompt {
 /// Token ids of a prompt. What users write never gives a special token; the begin token (where the tokenizer adds one),
 /// the chat template and the infill sentinels do.
 ///
-/// With a suffix the order is prefix, suffix, middle: the model continues with what belongs between.
+/// With a suffix and sentinels the order is prefix, suffix, middle: the model continues with what belongs between.
 ///
 /// # Errors
 /// The tokenizer or the chat template refuses the input.
@@ -149,6 +161,25 @@ mod tests {
             let whole = ask(policy, received, heal);
             assert_eq!((whole.ids, whole.tail), (plain("def pal"), None));
         }
+    }
+
+    #[test]
+    fn a_gap_for_masks_has_the_suffix_behind_it() {
+        let tokenizer = tokenizer("llada");
+        let plain = |text: &str, begins| tokenizer.encode(text, Specials::AsText, begins).unwrap();
+        let valid = Valid {
+            input: Input::Text("def f(".into()),
+            suffix: Some(" return x".into()),
+            settings: ResolvedSettings::default(),
+            max_tokens: None,
+            drafts: false,
+            priority: 0,
+            resume: None,
+        };
+        let by_masks = Capabilities { infill_by_masks: true, ..Default::default() };
+        let prompt = Prompt::of(&tokenizer, &valid, &by_masks).unwrap();
+        assert_eq!((&prompt.ids, &prompt.suffix), (&plain("def f(", true), &plain(" return x", false)));
+        assert_eq!(prompt.tokens(), prompt.ids.len() + prompt.suffix.len());
     }
 
     #[test]

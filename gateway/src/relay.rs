@@ -35,6 +35,8 @@ pub(crate) struct Job {
     pub request_id: String,
     pub model: Arc<ModelDescriptor>,
     pub prompt: Vec<u32>,
+    /// What stands behind the output.
+    pub suffix: Vec<u32>,
     /// How the output must begin.
     pub opening: Vec<OpeningPlace>,
     pub settings: ResolvedSettings,
@@ -45,6 +47,18 @@ pub(crate) struct Job {
     pub salt: u64,
     pub arrived: Instant,
     pub deadline: Option<Instant>,
+}
+
+impl Job {
+    /// Tokens that are read.
+    fn prompt_tokens(&self) -> u32 {
+        (self.prompt.len() + self.suffix.len()) as u32
+    }
+
+    /// Positions in all.
+    pub(crate) fn positions(&self) -> u64 {
+        u64::from(self.prompt_tokens()) + u64::from(self.settings.max_tokens)
+    }
 }
 
 /// The client's side of a stream.
@@ -122,7 +136,8 @@ impl Relay {
         Event::Started(Started {
             request_id: self.job.request_id.clone(),
             model: self.job.model.name.clone(),
-            prompt_tokens: self.job.prompt.len() as u32,
+            prompt_tokens: self.job.prompt_tokens(),
+            first_position: self.job.prompt.len() as u32,
             settings: Some(self.job.settings.clone()),
             numerics_id: self.job.model.numerics_id.clone(),
         })
@@ -138,8 +153,7 @@ impl Relay {
             let route = self.route(last.as_ref()).await?;
             self.current = Some(Arc::clone(&route));
             let message = self.message(&route);
-            let rows = message.prompt_ids.len() as u64 + u64::from(self.job.settings.max_tokens);
-            self.lease = Some(route.lease(rows.saturating_sub(message.committed_ids.len() as u64)));
+            self.lease = Some(route.lease(self.job.positions().saturating_sub(message.committed_ids.len() as u64)));
             let recomputed = message.committed_ids.len() as u32 / self.job.settings.block_size.max(1);
             let asked = Instant::now();
             let opened = self.upstream.workers.run(&route, &self.upstream.routes, message, self.job.deadline).await;
@@ -201,12 +215,14 @@ impl Relay {
         self.patience.saturating_sub(waited)
     }
 
-    /// A group with the same tokens (numerics and tokenizer) that has not failed yet. When there is none, waits for
+    /// A group with the same tokens (numerics and tokenizer, and what it must read) that has not failed yet. When there is none, waits for
     /// one, then forgives those that failed.
     async fn route(&mut self, last: Option<&(Verdict, Status)>) -> Result<Arc<Route>, Status> {
         let model = Arc::clone(&self.job.model);
+        let between = !self.job.suffix.is_empty();
         let same = |route: &Route| {
-            route.model.name == model.name
+            (!between || route.model.capabilities.is_some_and(|can| can.infill_by_masks))
+                && route.model.name == model.name
                 && route.model.numerics_id == model.numerics_id
                 && route.model.tokenizer_digest == model.tokenizer_digest
         };
@@ -263,6 +279,7 @@ impl Relay {
             passes_used: self.assembler.passes(),
             draft: self.job.draft.clone(),
             opening: self.job.opening.clone(),
+            suffix_ids: self.job.suffix.clone(),
         }
     }
 
@@ -370,7 +387,7 @@ impl Relay {
     fn finish(&mut self, reason: FinishReason, nfe: u32) -> Finish {
         let text = self.assembler.finish();
         let usage =
-            Usage { prompt_tokens: self.job.prompt.len() as u32, completion_tokens: self.assembler.ids().len() as u32 };
+            Usage { prompt_tokens: self.job.prompt_tokens(), completion_tokens: self.assembler.ids().len() as u32 };
         let nfe = nfe.max(self.assembler.passes());
         Finish {
             reason: reason.into(),

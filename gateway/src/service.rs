@@ -139,8 +139,7 @@ impl Service {
             validate(request, &route.model, chosen, self.dice.number()).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let (valid, prompt) = self.encode(valid, &tokenizer, &route).await?;
-        let settings =
-            settings::fit(&valid, &route.model, prompt.ids.len()).map_err(|found| rich::invalid(&[found]))?;
+        let settings = settings::fit(&valid, &route.model, &prompt).map_err(|found| rich::invalid(&[found]))?;
         let begun = valid.resume.is_some();
         let resumed = valid.resume.unwrap_or_else(|| Resumed {
             request_id: self.dice.name(),
@@ -155,6 +154,7 @@ impl Service {
             model: Arc::clone(&route.model),
             opening: prompt.opening(),
             prompt: prompt.ids,
+            suffix: prompt.suffix,
             settings,
             draft: None,
             drafts: valid.drafts,
@@ -194,6 +194,7 @@ impl Service {
             request_id: self.dice.name(),
             model: Arc::clone(&route.model),
             prompt: Vec::new(),
+            suffix: Vec::new(),
             opening: Vec::new(),
             settings,
             draft: Some(draft.clone()),
@@ -225,8 +226,7 @@ impl Service {
         tenant: Option<OwnedSemaphorePermit>,
     ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
         // What a resumed stream already has was paid for where it came from.
-        let all = job.prompt.len() as u64 + u64::from(job.settings.max_tokens);
-        let rows = all.saturating_sub(assembler.ids().len() as u64);
+        let rows = job.positions().saturating_sub(assembler.ids().len() as u64);
         caller.tenant.spend(rows)?;
         let ask = Ask {
             tenant: job.salt,
@@ -242,7 +242,8 @@ impl Service {
         let mut relay = Relay::new(Arc::clone(&self.upstream), job, assembler, self.begin_wait());
         let first = match relay.over() {
             Some(_) => None,
-            None => Some(relay.open().await?),
+            // What no group took was not spent.
+            None => Some(relay.open().await.inspect_err(|_| caller.tenant.refund(rows))?),
         };
         let (events, reading) = mpsc::channel(EVENTS_MAX);
         // The channel is empty: the first event fits.

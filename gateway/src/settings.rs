@@ -1,6 +1,7 @@
 //! Settings of a request: what it says, else what the controller's policy for its model says, else what its model says, else
 //! the gateway's; each with its origin.
 
+use crate::prompt::Prompt;
 use crate::validate::{Resumed, Valid};
 use unmask_proto::rich::Violation;
 use unmask_proto::v1::policy::{Autoregressive, Fixed, Kind, Threshold};
@@ -8,6 +9,8 @@ use unmask_proto::v1::{Decoding, Defaults, ModelDescriptor, ModelPolicy, Policy,
 
 /// Generated tokens, where neither request nor model says (tokens).
 const MAX_TOKENS: u32 = 256;
+/// Positions of a gap that is filled by masks, where the request does not say: all of them are filled (tokens).
+const GAP_TOKENS: u32 = 32;
 /// Confidence above which masks fall, where neither request nor model says.
 const TAU: f32 = 0.9;
 /// A drawn seed has this many bits, so that every reader of JSON keeps it.
@@ -105,30 +108,35 @@ fn shortened(policy: Policy, from: &str, block_size: u32) -> Policy {
     }
 }
 
-/// Resolves `max_tokens` for a prompt of known length: an explicit one must fit the context, a default is cut to fit.
+/// Resolves `max_tokens` for an encoded prompt: an explicit one must fit the context, a default is cut to fit.
 ///
 /// # Errors
 /// The prompt is empty or leaves no room, or the explicit `max_tokens` does not fit.
-pub(crate) fn fit(valid: &Valid, model: &ModelDescriptor, prompt_tokens: usize) -> Result<ResolvedSettings, Violation> {
-    let context = model.context_length;
+pub(crate) fn fit(valid: &Valid, model: &ModelDescriptor, prompt: &Prompt) -> Result<ResolvedSettings, Violation> {
+    let (context, prompt_tokens) = (model.context_length, prompt.tokens());
     let input = valid.input.field();
     let mut settings = valid.settings.clone();
     if prompt_tokens == 0 {
         return Err(Violation::new(input, "gives no tokens: give at least one"));
     }
+    let suffix = prompt.suffix.len();
+    let and_suffix = if suffix > 0 { format!(" and a suffix of {suffix}") } else { String::new() };
     let room = u64::from(context).saturating_sub(prompt_tokens as u64);
     if room == 0 {
         let description = format!(
-            "has {prompt_tokens} tokens, the model's context of {context} leaves no room to generate: shorten it to at \
-             most {} tokens",
+            "has {} tokens{and_suffix}, the model's context of {context} leaves no room to generate: shorten it to at \
+             most {} tokens in all",
+            prompt.ids.len(),
             context.saturating_sub(1)
         );
-        return Err(Violation::new(input, description));
+        let longer = if suffix > prompt.ids.len() { "suffix" } else { input };
+        return Err(Violation::new(longer, description));
     }
     let too_many = |field: &str, asked: u32| {
         let description = format!(
-            "is {asked}, but a prompt of {prompt_tokens} tokens leaves room for {room} in the context of {context}: ask \
-             for at most {room} or shorten the prompt"
+            "is {asked}, but a prompt of {} tokens{and_suffix} leaves room for {room} in the context of {context}: ask \
+             for at most {room} or shorten the prompt",
+            prompt.ids.len()
         );
         Violation::new(field, description)
     };
@@ -140,6 +148,7 @@ pub(crate) fn fit(valid: &Valid, model: &ModelDescriptor, prompt_tokens: usize) 
     }
     let default = model.defaults.as_ref().map_or(0, |defaults| defaults.max_tokens);
     let (max_tokens, origin) = match (valid.max_tokens, default) {
+        (None, _) if !prompt.suffix.is_empty() => (u64::from(GAP_TOKENS).min(room) as u32, "gateway"),
         (Some(asked), _) if u64::from(asked) > room => return Err(too_many("decoding.max_tokens", asked)),
         (Some(asked), _) => (asked, "request"),
         (None, default) if default > 0 && u64::from(default) <= room => (default, "model"),

@@ -106,8 +106,8 @@ pub(crate) fn validate(
     let capabilities = model.capabilities.unwrap_or_default();
     let input = input(request.input, request.suffix.is_some(), model, &capabilities, &mut found);
     if request.suffix.is_some() {
-        found.require(capabilities.infill.is_some(), "suffix", || {
-            format!("{} was not trained to fill in: leave the suffix out", model.name)
+        found.require(capabilities.infill.is_some() || capabilities.infill_by_masks, "suffix", || {
+            format!("{} was not trained to fill in, and reads nothing behind its output: leave it out", model.name)
         });
         found.require(!matches!(input, Some(Input::Chat(_))), "suffix", || {
             "goes with text or token_ids, not chat".into()

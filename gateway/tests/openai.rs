@@ -11,7 +11,7 @@ use unmask_gateway::Config;
 use unmask_gateway::tenants::{self, RawTenant, Tenants};
 use unmask_proto::rich;
 use unmask_proto::v1::policy::{Kind, Threshold};
-use unmask_proto::v1::{Capabilities, Draft, FinishReason, Policy};
+use unmask_proto::v1::{Capabilities, Draft, FinishReason, Policy, RunRequest};
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
@@ -214,6 +214,33 @@ async fn what_is_wrong_is_named_all_at_once() {
     assert_eq!(failed("POST", CHAT, &[JSON], &" ".repeat((8 << 20) + 1)).await, (413, "body".into()));
     assert_eq!(failed("GET", CHAT, &[], "").await, (405, "method".into()));
     assert_eq!(failed("POST", "/v1/embeddings", &[JSON], "{}").await, (404, "unknown_url".into()));
+}
+
+/// Where a model reads both sides of a gap, its worker gets both, and all of it is the prompt that is counted.
+#[tokio::test]
+async fn a_gap_for_masks_is_asked_with_both_sides() {
+    let mut worker = Worker::start().await;
+    let mut route = worker.route("a", 1);
+    let descriptor = route.descriptor.as_mut().unwrap();
+    descriptor.capabilities = Some(Capabilities { diffusion: true, infill_by_masks: true, ..Default::default() });
+    let gateway = Gateway::start(vec![route]).await;
+    for (mut body, gap) in [(json!({ "max_tokens": 5 }), 5), (json!({}), 32)] {
+        (body["prompt"], body["suffix"]) = ("a".into(), "end".into());
+        let address = gateway.http;
+        let asked = tokio::spawn(async move { post(address, COMPLETIONS, body).await });
+        let run = worker.run().await;
+        let RunRequest { prompt_ids, suffix_ids, settings, .. } = &run.request;
+        assert_eq!((prompt_ids, suffix_ids), (&ids("a"), &ids("end")));
+        assert_eq!(settings.as_ref().unwrap().max_tokens, gap);
+        let filled = ids("bc");
+        run.commit_at(ids("a").len() as u32, &filled).await;
+        run.finish(FinishReason::Eos).await;
+        let answer = asked.await.unwrap().json().await;
+        assert_eq!(answer["choices"][0]["text"], "bc");
+        let read = ids("a").len() + ids("end").len();
+        assert_eq!(answer["usage"]["prompt_tokens"], read);
+        assert_eq!(answer["usage"]["completion_tokens"], filled.len());
+    }
 }
 
 #[tokio::test]

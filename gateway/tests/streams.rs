@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 use unmask_gateway::Config;
-use unmask_proto::v1::{Decoding, Draft, FinishReason, GenerateRequest, Resume};
+use unmask_proto::v1::{Capabilities, Decoding, Draft, FinishReason, GenerateRequest, Resume};
 
 const ANSWER: &str = "def f(x):\n    return x + 1\n";
 
@@ -125,6 +125,40 @@ async fn a_broken_stream_goes_on_with_another_group_and_the_client_sees_nothing(
         assert_eq!(output.ids, answer[7..]);
         assert!(output.commits.iter().all(|commit| !commit.group_id.is_empty() && commit.group_id != before.group_id));
         assert_eq!(output.finish.unwrap().blocks_recomputed, 1);
+    }
+}
+
+/// What stands behind a gap goes along, and never to a group that would not read it.
+#[tokio::test]
+async fn a_gap_goes_on_only_with_groups_that_read_both_sides() {
+    let (mut a, mut b, old) = (Worker::start().await, Worker::start().await, Worker::start().await);
+    let mut routes = vec![a.route("a", 1), b.route("b", 2), old.route("old", 3)];
+    for (route, infill_by_masks) in routes.iter_mut().zip([true, true, false]) {
+        let capabilities = Capabilities { diffusion: true, infill_by_masks, ..Default::default() };
+        route.descriptor.as_mut().unwrap().capabilities = Some(capabilities);
+    }
+    let gateway = Gateway::start(routes).await;
+    let gap = GenerateRequest {
+        suffix: Some("end".into()),
+        ..with("p", Decoding { max_tokens: Some(8), ..Default::default() })
+    };
+    let answer = ids(ANSWER);
+    for _ in 0..4 {
+        let mut stream = gateway.generate(gap.clone()).await.unwrap();
+        let (mut run, at_a) = whichever(&mut a, &mut b).await;
+        let (prompt, suffix) = (run.request.prompt_ids.clone(), run.request.suffix_ids.clone());
+        assert_eq!((&prompt, &suffix), (&ids("p"), &ids("end")));
+        run.commit(&answer[..4]).await;
+        let started = stream.started().await;
+        let read = (prompt.len() + suffix.len()) as u32;
+        assert_eq!((started.first_position, started.prompt_tokens), (prompt.len() as u32, read));
+        stream.commit().await;
+        run.fail(Status::unavailable("going down")).await;
+        let run = if at_a { b.run().await } else { a.run().await };
+        assert_eq!((&run.request.prompt_ids, &run.request.suffix_ids), (&prompt, &suffix));
+        assert_eq!(run.request.committed_ids, answer[..4]);
+        run.finish(FinishReason::Eos).await;
+        stream.all().await.unwrap();
     }
 }
 

@@ -101,7 +101,7 @@ def main() -> None:
     print(json.dumps({
         "models": models,
         "completion": completion(client, model.id, model.unmask["autoregressive"], prompt),
-        "infill": infill(client, model.id, model.unmask["infill"]),
+        "infill": infill(client, model.id, model.unmask["infill"] or model.unmask["infill_by_masks"]),
         "chat": chat(client, model.id, model.unmask["chat"]),
         "bad": bad,
     }))

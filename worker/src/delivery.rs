@@ -29,7 +29,9 @@ pub(crate) struct Terms {
     pub deadline: Option<Instant>,
     /// The request ends then, with what it has: Finish TIME_LIMIT.
     pub time_limit: Option<Instant>,
-    /// Length of the prompt.
+    /// Position of the first generated token.
+    pub begins: u32,
+    /// Tokens of prompt and suffix.
     pub prompt_tokens: u32,
     /// Tokens and passes of an earlier run.
     pub committed: u32,
@@ -134,8 +136,8 @@ impl Delivery {
 
     /// Ends the request with what is committed, because its time is over.
     pub(crate) fn time_over(&mut self, now: Instant) {
-        let prompt_tokens = self.terms.prompt_tokens;
-        let reached = self.last_position.map_or(0, |last| (last + 1).saturating_sub(prompt_tokens));
+        let Terms { begins, prompt_tokens, .. } = self.terms;
+        let reached = self.last_position.map_or(0, |last| (last + 1).saturating_sub(begins));
         let usage = Usage { prompt_tokens, completion_tokens: reached.max(self.terms.committed) };
         self.finish(FinishReason::TimeLimit, usage, self.passes, now);
     }
@@ -201,6 +203,7 @@ mod tests {
             arrived: now,
             deadline: None,
             time_limit: None,
+            begins: 3,
             prompt_tokens: 3,
             committed: 0,
             passes_used: 0,
@@ -261,13 +264,14 @@ mod tests {
     #[test]
     fn a_passed_time_limit_reports_what_is_committed() {
         let now = Instant::now();
-        let (mut delivery, mut reading) = Delivery::new(terms(now));
+        // Four more tokens stand behind the output.
+        let (mut delivery, mut reading) = Delivery::new(Terms { prompt_tokens: 7, ..terms(now) });
         delivery.take(commit(3), now + Duration::from_micros(50));
         delivery.time_over(now + Duration::from_micros(90));
         reading.events.try_recv().unwrap();
         let Some(run_response::Event::Finish(finish)) = reading.events.try_recv().unwrap().event else { panic!() };
         assert_eq!(finish.reason(), FinishReason::TimeLimit);
-        assert_eq!(finish.usage.unwrap(), Usage { prompt_tokens: 3, completion_tokens: 2 });
+        assert_eq!(finish.usage.unwrap(), Usage { prompt_tokens: 7, completion_tokens: 2 });
         assert_eq!((finish.time_to_first_block_us, finish.total_time_us, finish.nfe), (50, 90, 2));
     }
 }

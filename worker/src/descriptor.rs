@@ -139,6 +139,7 @@ pub(crate) fn describe(model: &Model, tokenizer: &TokenizerFiles) -> ModelDescri
         }),
         edit: config.edit,
         heal: config.heal,
+        infill_by_masks: config.infill.is_none() && config.fills_between(),
         chat: tokenizer.has_chat_template(),
     };
     let defaults = Defaults {

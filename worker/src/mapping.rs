@@ -47,6 +47,7 @@ pub(crate) fn request(message: RunRequest, id: RequestId, defaults: &Policy) -> 
     Ok(Request {
         id,
         prompt: message.prompt_ids,
+        suffix: message.suffix_ids,
         settings,
         committed: message.committed_ids,
         passes_used: message.passes_used,
@@ -176,6 +177,7 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
 fn wire_path(field: &str) -> String {
     match field {
         "prompt" => "prompt_ids".into(),
+        "suffix" => "suffix_ids".into(),
         "committed" => "committed_ids".into(),
         "opening" => "opening".into(),
         "stop_ids" => "settings.stop_token_ids".into(),

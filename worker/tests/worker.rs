@@ -222,6 +222,7 @@ async fn what_cannot_be_served_is_refused_with_its_reason() {
         (RunRequest { settings: None, ..request(5) }, Code::InvalidArgument, "settings: is missing"),
         (RunRequest { prompt_ids: vec![], ..request(5) }, Code::InvalidArgument, "prompt_ids: "),
         (RunRequest { prompt_ids: vec![4_000_000], ..request(5) }, Code::InvalidArgument, "prompt_ids: "),
+        (RunRequest { suffix_ids: vec![1], ..request(5) }, Code::InvalidArgument, "suffix_ids: "),
         (settings(|s| s.policy = None), Code::InvalidArgument, "settings.policy: "),
         (settings(|s| s.max_tokens = 0), Code::InvalidArgument, "settings.max_tokens: "),
         (settings(|s| s.max_tokens = u32::MAX), Code::InvalidArgument, "settings.max_tokens: "),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
 use unmask_proto::v1::policy::{Autoregressive, Kind, SelfSpeculative, Threshold};
-use unmask_proto::v1::{Decoding, GenerateRequest, ListModelsRequest, Model, Policy};
+use unmask_proto::v1::{Decoding, GenerateRequest, ListModelsRequest, Model, Policy, TokenizeRequest};
 use unmask_trainer::measure::{Point, Rule};
 
 /// What is to be completed.
@@ -16,6 +16,8 @@ pub struct Question {
     pub prompt: String,
     /// Text after it, for infill.
     pub suffix: Option<String>,
+    /// Most tokens of the answer, where the question says; of a gap that is filled by masks it is the length.
+    pub max_tokens: Option<u32>,
 }
 
 /// What the model wrote.
@@ -76,7 +78,7 @@ impl Asker {
         let decoding = Decoding {
             policy: Some(Policy { kind: Some(kind) }),
             block_size: (!autoregressive).then_some(point.block_size),
-            max_tokens: self.max_tokens,
+            max_tokens: question.max_tokens.or(self.max_tokens),
             temperature: Some(0.0),
             seed: Some(0),
             stop: self.stop.clone(),
@@ -103,5 +105,14 @@ impl Asker {
             }
         }
         bail!("the stream ended without a finish")
+    }
+
+    /// Tokens of a text.
+    ///
+    /// # Errors
+    /// The gateway does not answer.
+    pub async fn count(&self, text: &str) -> anyhow::Result<u32> {
+        let request = TokenizeRequest { model: self.model.name.clone(), text: text.into(), ..Default::default() };
+        Ok(self.client.clone().tokenize(request).await?.into_inner().ids.len() as u32)
     }
 }

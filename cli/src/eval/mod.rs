@@ -31,6 +31,7 @@ use sha2::{Digest, Sha256};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
+use unmask_proto::v1::Capabilities;
 use unmask_trainer::data::corpus::{self, Document};
 use unmask_trainer::measure::{self, Point, Rule};
 use unmask_trainer::tasks::Task;
@@ -185,12 +186,11 @@ async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
     let mut answers = Answers::open(args.out.join("answers.jsonl"), &header)?;
     let capabilities = descriptor.capabilities.unwrap_or_default();
     let points = points(args, &descriptor.block_sizes, capabilities.autoregressive);
-    let can_fill = capabilities.infill.is_some();
+    let can_fill = capabilities.infill.is_some() || capabilities.infill_by_masks;
     ensure!(args.infill == 0 || can_fill, "--infill: {} was not trained to fill in", asker.model.name);
-    let filled = questions::infill(&material.tasks[..args.infill.min(material.tasks.len())]);
     let parts = [
         (Part::Tasks, questions::tasks(&material.tasks)),
-        (Part::Infill, filled),
+        (Part::Infill, gaps(&material.tasks[..args.infill.min(material.tasks.len())], &asker, &capabilities).await?),
         (Part::Code, questions::code(&material.documents)),
     ];
     let mut tables = Vec::new();
@@ -220,6 +220,7 @@ async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
         streams: asker.streams,
         rows,
         infill,
+        gaps_given: capabilities.infill_by_masks,
         code,
         bits: if capabilities.autoregressive { bits_of(args, &material.documents)? } else { None },
         profile: profile(args),
@@ -233,6 +234,17 @@ async fn evaluate(args: &EvalArgs, client: Gateway) -> anyhow::Result<()> {
     }
     output::note(&format!("report: {}", page.display()));
     Ok(())
+}
+
+/// Lines to put back. Where masks fill a gap, its length is part of the question.
+async fn gaps(tasks: &[Task], asker: &Asker, capabilities: &Capabilities) -> anyhow::Result<Vec<Case>> {
+    let mut cases = questions::infill(tasks);
+    if capabilities.infill_by_masks {
+        for case in &mut cases {
+            case.max_tokens = Some(asker.count(case.expected().unwrap_or_default()).await?);
+        }
+    }
+    Ok(cases)
 }
 
 /// What speed depends on, in words.

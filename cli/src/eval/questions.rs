@@ -16,6 +16,8 @@ pub struct Case {
     pub id: String,
     prompt: String,
     suffix: Option<String>,
+    /// Most tokens of the answer; absent: as for all.
+    pub max_tokens: Option<u32>,
     judge: Judge,
 }
 
@@ -35,6 +37,7 @@ pub fn tasks(tasks: &[Task]) -> Vec<Case> {
         id: task.task_id.clone(),
         prompt: task.prompt.clone(),
         suffix: None,
+        max_tokens: None,
         judge: Judge::Tests(Box::new(task.clone())),
     };
     tasks.iter().map(case).collect()
@@ -55,6 +58,7 @@ pub fn infill(tasks: &[Task]) -> Vec<Case> {
             id: task.task_id.clone(),
             prompt: format!("{}{before}", task.prompt),
             suffix: Some(after),
+            max_tokens: None,
             judge: Judge::Exactly((*line).to_owned()),
         })
     };
@@ -68,7 +72,13 @@ pub fn code(documents: &[Document]) -> Vec<Case> {
         for line in document.text.lines().filter(|line| line.starts_with("def ") && line.trim_end().ends_with(':')) {
             if line.len() <= CODE_PROMPT_BYTES_MAX {
                 let id = format!("code/{}", cases.len());
-                cases.push(Case { id, prompt: format!("{line}\n"), suffix: None, judge: Judge::Parses });
+                cases.push(Case {
+                    id,
+                    prompt: format!("{line}\n"),
+                    suffix: None,
+                    max_tokens: None,
+                    judge: Judge::Parses,
+                });
             }
         }
     }
@@ -76,9 +86,17 @@ pub fn code(documents: &[Document]) -> Vec<Case> {
 }
 
 impl Case {
+    /// The one text that is right, where there is only one.
+    pub fn expected(&self) -> Option<&str> {
+        match &self.judge {
+            Judge::Exactly(text) => Some(text),
+            Judge::Tests(_) | Judge::Parses => None,
+        }
+    }
+
     /// What the model is asked.
     pub fn question(&self) -> Question {
-        Question { prompt: self.prompt.clone(), suffix: self.suffix.clone() }
+        Question { prompt: self.prompt.clone(), suffix: self.suffix.clone(), max_tokens: self.max_tokens }
     }
 
     fn parsing(&self, answer: &str) -> Program {

@@ -35,6 +35,9 @@ pub struct Report {
     /// A line taken out of each function.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub infill: Vec<Row>,
+    /// Whether it was told how many tokens the line had.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub gaps_given: bool,
     /// First lines of functions of real code: what counts is the parse rate.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub code: Vec<Row>,
@@ -195,6 +198,7 @@ mod tests {
             streams: 1,
             rows: Vec::new(),
             infill: Vec::new(),
+            gaps_given: false,
             code: Vec::new(),
             bits: None,
             profile: None,

@@ -205,6 +205,11 @@ impl ModelConfig {
         self.can_autoregress() && self.can_diffuse() && self.open_reach == Reach::Block && !self.shift
     }
 
+    /// Whether masks can be filled between what stands before and behind them.
+    pub fn fills_between(&self) -> bool {
+        self.can_diffuse() && self.open_reach == Reach::Bidirectional
+    }
+
     /// Whether block diffusion policies are sound.
     pub fn can_diffuse(&self) -> bool {
         self.family.diffuses() && self.mask_id.is_some()

@@ -16,29 +16,30 @@ pub(super) fn check(request: &Request, config: &ModelConfig, limits: &Limits) ->
         }
     };
     let settings = &request.settings;
-    let given = !request.prompt.is_empty() || request.draft.is_some();
+    let given = !request.prompt.is_empty() || request.draft.is_some() || (!request.suffix.is_empty() && !config.shift);
     require(given, "prompt", "is empty: give at least one token".into());
     let vocab = config.vocab_rows;
-    for (field, ids) in [("prompt", &request.prompt), ("committed", &request.committed)] {
+    let Request { prompt, suffix, committed, .. } = request;
+    for (field, ids) in [("prompt", prompt), ("suffix", suffix), ("committed", committed)] {
         let outside = ids.iter().position(|&id| id >= vocab);
         require(outside.is_none(), field, outside.map_or(String::new(), |at| out_of_range(at, ids[at], vocab)));
     }
     require(settings.max_tokens >= 1, "max_tokens", "must be at least 1".into());
-    let positions = u64::from(settings.max_tokens) + request.prompt.len() as u64;
+    let read = prompt.len() + suffix.len();
+    let positions = u64::from(settings.max_tokens) + read as u64;
     let context = config.context_length.min(POSITIONS_MAX);
     require(
         positions <= u64::from(context),
         "max_tokens",
         format!(
-            "prompt ({} tokens) and max_tokens ({}) together exceed the context of {context}",
-            request.prompt.len(),
+            "prompt and suffix ({read} tokens) and max_tokens ({}) together exceed the context of {context}",
             settings.max_tokens
         ),
     );
     require(
-        request.committed.len() as u64 <= u64::from(settings.max_tokens),
+        committed.len() as u64 <= u64::from(settings.max_tokens),
         "committed",
-        format!("holds {} tokens, more than max_tokens {}", request.committed.len(), settings.max_tokens),
+        format!("holds {} tokens, more than max_tokens {}", committed.len(), settings.max_tokens),
     );
     require(
         settings.stop_ids.len() <= STOP_IDS_MAX,
@@ -88,6 +89,11 @@ fn check_decoding(request: &Request, config: &ModelConfig, limits: &Limits, foun
         let (largest, vocab) = (opening.largest_token(), config.vocab_rows);
         require(largest < vocab, "opening", format!("token {largest} is out of range: the vocabulary has {vocab}"));
     }
+    require(
+        request.suffix.is_empty() || (config.fills_between() && !policy.is_causal()),
+        "suffix",
+        format!("{} reads nothing behind what it fills: give no suffix", config.name),
+    );
     if *policy != Policy::Autoregressive {
         check_blocks(request, config, limits, found);
     }
@@ -210,9 +216,10 @@ fn check_manner(request: &Request, config: &ModelConfig, found: &mut Vec<Invalid
     );
 }
 
-/// How the outputs of a request end.
+/// How the outputs of a request end. What stands behind one stays where it is.
 pub(super) fn ends(request: &Request, config: &ModelConfig) -> Ends {
-    request.settings.manner.ends.unwrap_or_else(|| config.family.ends())
+    let ends = request.settings.manner.ends.unwrap_or_else(|| config.family.ends());
+    Ends { whole_last_block: ends.whole_last_block && request.suffix.is_empty(), ..ends }
 }
 
 /// Rows decoded together.
@@ -245,11 +252,22 @@ pub(super) fn origin(request: &Request, config: &ModelConfig) -> u32 {
     if from_prompt { request.prompt.len() as u32 } else { 0 }
 }
 
-/// One past the last position the request can touch.
-pub(super) fn canvas_end(request: &Request, config: &ModelConfig) -> u32 {
-    let (end, origin) = (request.prompt.len() as u32 + request.settings.max_tokens, origin(request, config));
+/// One past the last position that is decoded.
+pub(super) fn output_end(request: &Request, config: &ModelConfig) -> u32 {
+    let (end, origin) = (output_limit(request), origin(request, config));
     let whole = ends(request, config).whole_last_block;
-    if whole { origin + (end - origin).next_multiple_of(block_size(request)) } else { end }
+    let rounded = || (end - origin).checked_next_multiple_of(block_size(request)).unwrap_or(u32::MAX);
+    if whole { origin.saturating_add(rounded()) } else { end }
+}
+
+/// One past the last position that can be part of the output.
+pub(super) fn output_limit(request: &Request) -> u32 {
+    (request.prompt.len() as u32).saturating_add(request.settings.max_tokens)
+}
+
+/// One past the last position of the request.
+pub(super) fn canvas_end(request: &Request, config: &ModelConfig) -> u32 {
+    output_end(request, config).saturating_add(request.suffix.len() as u32)
 }
 
 /// Pages the request can come to hold.

@@ -63,6 +63,9 @@ pub(super) struct Life {
     pub(super) block_size: u32,
     /// Positions of a block that may fall together.
     sub_block: u32,
+    /// One past the last position that is decoded.
+    pub(super) output_end: u32,
+    /// One past the last position.
     pub(super) canvas_end: u32,
     /// End-of-sequence ids of the model; none for raw requests, whose stop ids say it all, and where a text is edited.
     eos_ids: Vec<u32>,
@@ -110,6 +113,7 @@ impl Life {
             chain: Chain::new(model.numerics_id(), reaches_over, request.salt),
             published: 0,
             ends: admission::ends(&request, config),
+            output_end: admission::output_end(&request, config),
             canvas_end: admission::canvas_end(&request, config),
             nfe: request.passes_used,
             pages: Vec::new(),
@@ -169,7 +173,7 @@ impl Life {
 
     pub(super) fn open_block(&self) -> OpenBlock {
         let start = self.block_start();
-        let len = self.block_size.min(self.canvas_end - start);
+        let len = self.block_size.min(self.output_end - start);
         let mut block = OpenBlock::new(start, len as usize, &self.tokens[start as usize..]);
         if let Some(draft) = &self.request.draft {
             block.take_draft(draft, self.tokens.len() - self.request.prompt.len(), self.end_id);
@@ -245,7 +249,7 @@ impl Life {
         let mut block = self.open_block();
         block.reveal_first(candidate);
         self.nfe += 1;
-        let output = self.request.prompt.len() as u32 + self.request.settings.max_tokens;
+        let output = admission::output_limit(&self.request);
         let last = block.len() == 1 || block.start + 1 == output;
         self.state = State::Denoise { block, store: None };
         if last || (self.ends.at_first_stop && self.is_stop(candidate.token)) {
@@ -346,7 +350,7 @@ impl Life {
         steps: u32,
         events: &mut Vec<Event>,
     ) -> Option<Reason> {
-        let limit = self.request.prompt.len() as u32 + self.request.settings.max_tokens;
+        let limit = admission::output_limit(&self.request);
         let room = (limit - first_position) as usize;
         let stop = fresh.iter().position(|&token| self.is_stop(token));
         let (count, reason) = match stop {
@@ -370,13 +374,13 @@ impl Life {
 
     /// The event that ends the request.
     pub(super) fn finished(&self, reason: Reason) -> Event {
-        let prompt_tokens = self.request.prompt.len() as u32;
+        let Request { prompt, suffix, .. } = &self.request;
         Event::Finished {
             id: self.request.id,
             reason,
             nfe: self.nfe,
-            prompt_tokens,
-            completion_tokens: self.tokens.len() as u32 - prompt_tokens,
+            prompt_tokens: (prompt.len() + suffix.len()) as u32,
+            completion_tokens: (self.tokens.len() - prompt.len()) as u32,
         }
     }
 }

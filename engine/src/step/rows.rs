@@ -31,7 +31,7 @@ impl Life {
             }
             State::Prefill { next } => {
                 let start = self.block_start();
-                let open = self.block_size.min(self.canvas_end - start);
+                let open = self.block_size.min(self.output_end - start);
                 Need { kept: start - next, open, splits: true, ..base }
             }
             State::Denoise { block, store } => {
@@ -93,7 +93,7 @@ impl Life {
         }
     }
 
-    /// Appends the rows of the window. Behind the block everything is masked.
+    /// Appends the rows of the window. Behind the block everything is masked, but for what stands behind the output.
     fn push_window(&self, block: &OpenBlock, sequence: u32, batch: &mut Batch) {
         let window = self.window(block);
         let first = batch.rows.len() as u32;
@@ -104,12 +104,13 @@ impl Life {
         }
         let block_end = block.start + block.len() as u32;
         for position in window {
-            let id = match position.checked_sub(block.start) {
-                None => self.tokens[position as usize],
-                Some(i) => match block.masked.get(i as usize) {
-                    Some(false) => block.tokens[i as usize],
-                    _ => self.mask_id,
-                },
+            let id = if position < block.start {
+                self.tokens[position as usize]
+            } else if position >= self.output_end {
+                self.request.suffix[(position - self.output_end) as usize]
+            } else {
+                let i = (position - block.start) as usize;
+                if block.masked.get(i) == Some(&false) { block.tokens[i] } else { self.mask_id }
             };
             let end = match self.open_reach {
                 Reach::Causal => position + 1,

@@ -153,6 +153,7 @@ fn model_json(model: &Model) -> Value {
             "parameters": descriptor.parameters, "dtype": descriptor.dtype, "ready_groups": model.ready_groups,
             "diffusion": can.diffusion, "autoregressive": can.autoregressive, "infill": can.infill.is_some(),
             "edit": can.edit, "chat": can.chat, "heal": can.heal,
+            "infill_by_masks": can.infill_by_masks,
         },
     })
 }

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 use super::*;
-use crate::settings::fit;
+use crate::prompt::Prompt;
+use crate::settings;
 use proptest::prelude::*;
 use unmask_proto::v1::policy::Autoregressive;
 use unmask_proto::v1::{ChatMessage, Defaults, InfillTokens, Policy, TokenIds};
@@ -8,6 +9,11 @@ use unmask_proto::v1::{ChatMessage, Defaults, InfillTokens, Policy, TokenIds};
 /// Without a policy of the controller's.
 fn validate(request: GenerateRequest, model: &ModelDescriptor, seed: u64) -> Result<Valid, Vec<Violation>> {
     super::validate(request, model, None, seed)
+}
+
+/// With a prompt of so many tokens, and nothing behind the output.
+fn fit(valid: &Valid, model: &ModelDescriptor, tokens: usize) -> Result<ResolvedSettings, Violation> {
+    settings::fit(valid, model, &Prompt { ids: vec![1; tokens], ..Prompt::default() })
 }
 
 #[test]
@@ -67,7 +73,7 @@ fn autoregressive() -> ModelDescriptor {
 fn everything() -> ModelDescriptor {
     let infill = Some(InfillTokens { prefix: 1, suffix: 2, middle: 3 });
     let capabilities =
-        Capabilities { diffusion: true, autoregressive: true, infill, edit: true, chat: true, heal: false };
+        Capabilities { diffusion: true, autoregressive: true, infill, edit: true, chat: true, ..Default::default() };
     ModelDescriptor { capabilities: Some(capabilities), ..diffusion() }
 }
 
@@ -135,6 +141,10 @@ fn inputs_are_checked() {
     assert!(fields(infill(Some(RawInput::Text(String::new()))), &model).is_empty());
     assert_eq!(fields(infill(chat(vec![said("user")])), &model), ["suffix"]);
     assert_eq!(fields(infill(Some(RawInput::Text("x".into()))), &diffusion()), ["suffix"]);
+    let by_masks = Capabilities { diffusion: true, infill_by_masks: true, ..Default::default() };
+    let model = ModelDescriptor { capabilities: Some(by_masks), ..diffusion() };
+    assert!(fields(infill(Some(RawInput::Text(String::new()))), &model).is_empty());
+    assert_eq!(fields(infill(chat(vec![said("user")])), &model), ["chat", "suffix"]);
 }
 
 #[test]
@@ -227,6 +237,16 @@ fn prompts_and_lengths_must_fit_the_context() {
     assert_eq!(fitted(Some(1), CONTEXT - 1), Ok((1, "request".into())));
     assert_eq!(fitted(Some(2), CONTEXT - 1), Err("decoding.max_tokens".into()));
     assert_eq!(fitted(Some(u32::MAX), 1), Err("decoding.max_tokens".into()));
+    // A gap is not as long as an answer, and both of its sides take room.
+    let mut model = diffusion();
+    model.defaults.as_mut().unwrap().max_tokens = 40;
+    let gap = |max_tokens, suffix| {
+        let valid = validate(text(Decoding { max_tokens, ..Default::default() }), &model, 0).unwrap();
+        let prompt = Prompt { ids: vec![1; 10], suffix: vec![1; suffix], tail: None };
+        settings::fit(&valid, &model, &prompt).map(|settings| settings.max_tokens).map_err(|violation| violation.field)
+    };
+    assert_eq!((gap(None, 3), gap(Some(5), 3), gap(None, 50)), (Ok(32), Ok(5), Ok(4)));
+    assert_eq!((gap(Some(5), 50), gap(None, 54)), (Err("decoding.max_tokens".into()), Err("suffix".into())));
 }
 
 #[test]
