@@ -54,7 +54,7 @@ pub const INTERRUPTED: u8 = 130;
 /// Parses the command line, runs it, and says how it ended: 0, 1 with one line on standard error, 2 for usage.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,unmask_trainer=info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     match run(cli.command) {
         Ok(code) => code,

@@ -6,9 +6,8 @@ use rand_chacha::ChaCha8Rng;
 use crate::{
     layout::Example,
     model::Model,
-    noise::Filled,
     step::{Spread, noisy_losses},
-    trajectory::Trajectory,
+    trajectory::{Answer, Trajectory},
 };
 
 /// How orders are sampled.
@@ -20,6 +19,8 @@ pub struct Sampling {
     pub temperature: f32,
     /// Token of a masked position.
     pub mask: u32,
+    /// Token that fills the last block.
+    pub end: u32,
 }
 
 /// One order of one text being sampled.
@@ -31,14 +32,14 @@ struct Draft {
     elbo: f64,
 }
 
-/// Samples `orders` orders per text, all of one text with the same number of passes per block, and returns the best of
+/// Samples `orders` orders in which the answers to their prompts fall, all of one text with the same number of passes per block, and returns the best of
 /// each with its ELBO per token: the sum of `log p(token | state before its pass)`.
 ///
 /// # Errors
 /// When a token or position is out of the model's range.
 pub fn best_orders(
     model: &Model,
-    texts: &[Filled],
+    texts: &[Answer],
     block: usize,
     sampling: Sampling,
     spread: Spread,
@@ -46,7 +47,7 @@ pub fn best_orders(
 ) -> anyhow::Result<Vec<(Trajectory, f64)>> {
     let passes: Vec<u16> = texts.iter().map(|_| rng.random_range(1..=block.min(u16::MAX as usize) as u16)).collect();
     let mut drafts: Vec<Draft> = (0..texts.len() * sampling.orders)
-        .map(|index| Draft::new(index / sampling.orders, &texts[index / sampling.orders], block, sampling.mask))
+        .map(|index| Draft::new(index / sampling.orders, &texts[index / sampling.orders], block, sampling))
         .collect();
     for pass in 1..=block as u16 {
         let (indices, examples): (Vec<usize>, Vec<Example>) = drafts
@@ -70,29 +71,35 @@ pub fn best_orders(
     }
     let finish = |draft: Draft| {
         let Example { clean: tokens, length, .. } = draft.example;
-        let per_token = draft.elbo / tokens.len().max(1) as f64;
+        let fell = draft.reveal.iter().filter(|pass| **pass > 0).count();
+        let per_token = draft.elbo / fell.max(1) as f64;
         (Trajectory { tokens, length, block, reveal: draft.reveal }, per_token)
     };
     Ok(best.into_iter().flatten().map(finish).collect())
 }
 
 impl Draft {
-    fn new(index: usize, text: &Filled, block: usize, mask: u32) -> Draft {
-        let count = text.tokens.len();
-        let example = Example {
-            clean: text.tokens.clone(),
-            noisy: vec![mask; count],
-            scored: vec![true; count],
-            block,
-            length: text.length,
-        };
-        Draft { text: index, example, reveal: vec![0; count], elbo: 0.0 }
+    fn new(index: usize, text: &Answer, block: usize, sampling: Sampling) -> Draft {
+        let first = text.prompt / block * block;
+        let mut clean = text.tokens.clone();
+        clean.resize(text.tokens.len().next_multiple_of(block), sampling.end);
+        let scored: Vec<bool> = (first..clean.len()).map(|at| at >= text.prompt).collect();
+        let mut noisy = clean[first..].to_vec();
+        noisy.iter_mut().zip(&scored).filter(|(_, scored)| **scored).for_each(|(token, _)| *token = sampling.mask);
+        let reveal = vec![0; noisy.len()];
+        Draft {
+            text: index,
+            example: Example { clean, noisy, scored, block, length: text.tokens.len() },
+            reveal,
+            elbo: 0.0,
+        }
     }
 
     /// Reveals, in every block, an even share of what is masked, so that nothing is left after `passes` passes: the
     /// likeliest under Gumbel noise. `losses` belong to the masked positions in order.
     fn reveal_some(&mut self, pass: u16, passes: u16, losses: &[f32], temperature: f32, rng: &mut ChaCha8Rng) {
         let Example { clean, noisy, scored, block, .. } = &mut self.example;
+        let clean = &clean[clean.len() - noisy.len()..];
         let mut losses = losses.iter();
         for start in (0..clean.len()).step_by(*block) {
             let mut masked: Vec<(f32, usize, f32)> = (start..start + *block)
@@ -123,24 +130,38 @@ mod tests {
     use super::*;
     use rand::SeedableRng;
 
+    const SAMPLING: Sampling = Sampling { orders: 1, temperature: 0.0, mask: 1, end: 0 };
+
     #[test]
     fn every_position_falls_within_the_passes_and_the_score_is_the_sum() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let text = Filled { tokens: (10..26).collect(), length: 15 };
-        let mut draft = Draft::new(0, &text, 8, 1);
+        let text = Answer { tokens: (10..25).collect(), prompt: 0 };
+        let mut draft = Draft::new(0, &text, 8, SAMPLING);
         for pass in 1..=3 {
             let masked = draft.example.scored.iter().filter(|s| **s).count();
             draft.reveal_some(pass, 3, &vec![0.5; masked], 1.0, &mut rng);
         }
         assert!(draft.reveal.iter().all(|pass| (1..=3).contains(pass)), "{:?}", draft.reveal);
-        assert_eq!(draft.example.noisy, text.tokens);
+        assert_eq!(draft.example.noisy, draft.example.clean);
+        assert_eq!((draft.example.clean[15], draft.example.length), (SAMPLING.end, 15));
         assert!((draft.elbo + 8.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn prompts_are_given() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut draft = Draft::new(0, &Answer { tokens: (10..21).collect(), prompt: 6 }, 4, SAMPLING);
+        assert_eq!(draft.example.prompt(), 4);
+        assert_eq!(draft.example.noisy, [14, 15, 1, 1, 1, 1, 1, 1]);
+        draft.reveal_some(1, 1, &[1.0; 6], 0.0, &mut rng);
+        assert_eq!(draft.reveal, [0, 0, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(draft.example.noisy, [14, 15, 16, 17, 18, 19, 20, 0]);
     }
 
     #[test]
     fn without_noise_the_likeliest_fall_first() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let mut draft = Draft::new(0, &Filled { tokens: vec![10, 11, 12, 13], length: 4 }, 4, 1);
+        let mut draft = Draft::new(0, &Answer { tokens: vec![10, 11, 12, 13], prompt: 0 }, 4, SAMPLING);
         draft.reveal_some(1, 2, &[3.0, 0.1, 2.0, 0.2], 0.0, &mut rng);
         assert_eq!(draft.reveal, [0, 1, 0, 1]);
     }

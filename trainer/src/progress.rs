@@ -139,6 +139,16 @@ impl Progress {
         Ok(())
     }
 
+    /// Says what goes on before the first step.
+    pub fn preparing(&mut self, message: String) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(message);
+        } else if self.line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+            self.line = Some(Instant::now());
+            tracing::info!("{message}");
+        }
+    }
+
     /// Reports a measurement.
     ///
     /// # Errors

@@ -7,35 +7,32 @@
 //! thresholds, keeps per prompt the passing path of fewest passes, and trains on its states. A share of corrupted
 //! documents goes beside both.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use rand::{Rng, seq::SliceRandom};
+use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use unmask_engine::{LoadOptions, Model};
-use unmask_text::{Specials, Tokenizer};
+use unmask_engine::Model;
 
 use crate::{
     checkpoint::digest,
     config::{MaskStage, RawMaskStage},
+    examiner::{Decoded, Examiner},
     layout::Example,
     measure::{self, Point},
     progress::{Progress, RoundRecord},
-    rollout::{Given, Prompt, Rollout, STREAMS, roll_out, verify},
+    rollout::Prompt,
     stage_mask::step_with_replay,
     stream::{Purpose, generator},
-    tasks::{Part, Task, Tasks, verify::with_expected_results},
+    tasks::Task,
     training::{Sources, Summary, Training},
-    trajectory::{Answer, Trajectory, read, states, write},
+    trajectory::{Trajectory, states},
 };
 
 /// Index of the guard's first task: rounds draw from 0 on and never come this far.
 const GUARD_FIRST: u64 = 1 << 40;
-/// Index of the first task that is answered autoregressively.
-const ANSWERS_FIRST: u64 = 1 << 41;
 
 /// Settings as written. Unknown keys are errors.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -145,31 +142,20 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
     if fell { Ok(training.summary(eval, started)) } else { training.finish(eval, started) }
 }
 
-/// A decoded and verified prompt.
-struct Decoded {
-    index: usize,
-    prompt: Vec<u32>,
-    rollout: Rollout,
-    passed: bool,
-}
-
 /// What every round needs.
 struct Rounds<'a> {
     own: &'a RawOnPolicy,
     config: &'a MaskStage,
     sources: Sources<'a>,
-    tokenizer: Tokenizer,
-    tasks: Tasks,
+    examiner: Examiner<'a>,
     guard: Vec<Task>,
 }
 
 impl<'a> Rounds<'a> {
     fn open(own: &'a RawOnPolicy, config: &'a MaskStage, sources: Sources<'a>) -> anyhow::Result<Rounds<'a>> {
-        let (tasks, tokenizer) = (Tasks::new()?, measure::tokenizer(sources.tokenizer)?);
-        let drawn: Vec<Task> =
-            (0..own.guard_tasks as u64).map(|i| tasks.draw(config.raw.seed, Part::Training, GUARD_FIRST + i)).collect();
-        let guard = with_expected_results(&drawn)?;
-        Ok(Rounds { own, config, sources, tokenizer, tasks, guard })
+        let examiner = Examiner::open(config, sources, own.cut_share)?;
+        let guard = examiner.tasks(GUARD_FIRST, own.guard_tasks)?;
+        Ok(Rounds { own, config, sources, examiner, guard })
     }
 
     /// One step of the examples that `make` makes of so many tokens, and of the replay share.
@@ -191,8 +177,7 @@ impl<'a> Rounds<'a> {
             return Ok(());
         }
         let file = config.raw.out.join("answers.jsonl");
-        let answers: Vec<Answer> = if file.exists() { read(&file)? } else { self.answer(training, &file)? };
-        ensure!(!answers.is_empty(), "no answer passes: start from a model that solves some of its tasks");
+        let answers = self.examiner.answers(training, own.answers, &file)?;
         let vocabulary = sources.vocabulary;
         while training.state.step < steps {
             self.learn(training, progress, |tokens, block, rng| {
@@ -215,20 +200,6 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    /// Autoregressive answers that pass, written to `file`.
-    fn answer(&self, training: &Training<'_>, file: &Path) -> anyhow::Result<Vec<Answer>> {
-        let model = self.served(training)?;
-        let mut rng = generator(self.config.raw.seed, Purpose::Prompts, ANSWERS_FIRST);
-        let prompts = self.prompts(ANSWERS_FIRST, self.own.answers, &mut rng)?;
-        let all: Vec<usize> = (0..prompts.len()).collect();
-        let decoded = self.decode(&model, &prompts, &all, Point::AUTOREGRESSIVE)?;
-        let end = self.sources.vocabulary.end;
-        let passed = decoded.into_iter().filter(|decoded| decoded.passed);
-        let answers: Vec<Answer> = passed.filter_map(|decoded| decoded.rollout.answer(&decoded.prompt, end)).collect();
-        write(&answers, file)?;
-        Ok(answers)
-    }
-
     /// Share of the guard's tasks that pass before this stage, decoded as this stage's defaults say.
     fn initial_pass_rate(&self) -> anyhow::Result<f64> {
         let start = self.config.raw.init.checkpoint.as_ref().context("stage.init.checkpoint: is missing")?;
@@ -236,29 +207,17 @@ impl<'a> Rounds<'a> {
         let (block, tau) = (decode.block_size as u32, decode.tau as f32);
         let point =
             if decode.self_speculative { Point::self_speculative(block, tau) } else { Point::threshold(block, tau) };
-        Ok(measure::measure(&self.load(start)?, &self.tokenizer, &self.guard, point, |_| {})?.pass_rate)
-    }
-
-    fn load(&self, folder: &Path) -> anyhow::Result<Arc<Model>> {
-        let options = LoadOptions { threads: self.config.threads, ..LoadOptions::default() };
-        Ok(Arc::new(Model::load(folder, &options)?))
-    }
-
-    /// The model as it is, in the engine.
-    fn served(&self, training: &Training<'_>) -> anyhow::Result<Arc<Model>> {
-        let dir = tempfile::tempdir().context("a folder for the model")?;
-        let folder = dir.path().join("model");
-        training.export(&folder)?;
-        self.load(&folder)
+        Ok(measure::measure(&self.examiner.load(start)?, &self.examiner.tokenizer, &self.guard, point, |_| {})?
+            .pass_rate)
     }
 
     /// Measures the guard, decodes the prompts of the round that begins after `step`, and keeps the shortest paths.
     fn roll(&self, training: &Training<'_>, step: usize) -> anyhow::Result<(RoundRecord, Vec<Trajectory>)> {
-        let model = self.served(training)?;
-        let row = measure::measure(&model, &self.tokenizer, &self.guard, Point::of(&model), |_| {})?;
+        let model = self.examiner.served(training)?;
+        let row = measure::measure(&model, &self.examiner.tokenizer, &self.guard, Point::of(&model), |_| {})?;
         let mut rng = generator(self.config.raw.seed, Purpose::Prompts, step as u64);
         let first = (step / self.own.round_steps * self.own.prompts) as u64;
-        let prompts = self.prompts(first, self.own.prompts, &mut rng)?;
+        let prompts = self.examiner.prompts(first, self.own.prompts, &mut rng)?;
         let sizes = &self.config.raw.batch.block_sizes;
         let mut best: Vec<Option<(f64, u32, Trajectory)>> = vec![None; prompts.len()];
         let mut tally = vec![(0u32, 0u32); self.own.thresholds.len()];
@@ -295,7 +254,7 @@ impl<'a> Rounds<'a> {
         best: &mut [Option<(f64, u32, Trajectory)>],
         tally: &mut (u32, u32),
     ) -> anyhow::Result<()> {
-        let decoded = self.decode(model, prompts, taken, point)?;
+        let decoded = self.examiner.decode(model, prompts, taken, point)?;
         tally.0 += decoded.iter().filter(|decoded| decoded.passed).count() as u32;
         tally.1 += taken.len() as u32;
         let end = self.sources.vocabulary.end;
@@ -309,47 +268,5 @@ impl<'a> Rounds<'a> {
             }
         }
         Ok(())
-    }
-
-    /// Decodes the prompts `taken` at `point` and verifies the answers.
-    fn decode(
-        &self,
-        model: &Arc<Model>,
-        prompts: &[Prompt],
-        taken: &[usize],
-        point: Point,
-    ) -> anyhow::Result<Vec<Decoded>> {
-        let encode = |&i: &usize| self.tokenizer.encode(&prompts[i].text, Specials::AsText, false).map(Given::from);
-        let given: Vec<Given> = taken.iter().map(encode).collect::<Result<_, _>>()?;
-        let rollouts = roll_out(model, &given, point, STREAMS, |_| {})?.rollouts;
-        let answers: Vec<(&Prompt, String)> = taken
-            .iter()
-            .zip(&rollouts)
-            .map(|(&i, rollout)| (&prompts[i], self.tokenizer.decode(&rollout.answer, true)))
-            .collect();
-        let passed = verify(&answers)?;
-        let all = taken.iter().zip(given).zip(rollouts).zip(passed);
-        Ok(all
-            .map(|(((&index, given), rollout), passed)| Decoded { index, prompt: given.ids, rollout, passed })
-            .collect())
-    }
-
-    /// Prompts of `count` tasks from number `first` on, some of them cut.
-    fn prompts(&self, first: u64, count: usize, rng: &mut ChaCha8Rng) -> anyhow::Result<Vec<Prompt>> {
-        let drawn: Vec<Task> =
-            (first..first + count as u64).map(|i| self.tasks.draw(self.config.raw.seed, Part::Training, i)).collect();
-        let mut prompts: Vec<Prompt> = with_expected_results(&drawn)?
-            .into_iter()
-            .map(|task| {
-                if !rng.random_bool(self.own.cut_share) {
-                    return Prompt { text: task.prompt.clone(), task: Some(task) };
-                }
-                let ends: Vec<usize> = task.prompt.char_indices().map(|(at, _)| at).skip(1).collect();
-                let end = if ends.is_empty() { task.prompt.len() } else { ends[rng.random_range(0..ends.len())] };
-                Prompt { text: task.prompt[..end].to_owned(), task: None }
-            })
-            .collect();
-        prompts.shuffle(rng);
-        Ok(prompts)
     }
 }

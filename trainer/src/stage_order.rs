@@ -10,17 +10,19 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    checkpoint::digest,
+    checkpoint::{Vocabulary, digest},
     config::{MaskStage, RawMaskStage},
-    noise,
+    examiner::Examiner,
     order::{Sampling, best_orders},
     progress::Progress,
     stage_mask::step_with_replay,
-    stream::{Purpose, generator},
+    stream::{Purpose, Stream, generator},
     training::{Sources, Summary, Training},
-    trajectory::{Trajectory, read, states, write},
+    trajectory::{Answer, Trajectory, read, states, write},
 };
 
+/// Share of the prompts to be answered that are cut at a random character.
+const CUT_SHARE: f64 = 0.3;
 /// Texts whose orders are sampled together.
 const TEXTS_AT_ONCE: usize = 32;
 
@@ -30,6 +32,9 @@ const TEXTS_AT_ONCE: usize = 32;
 pub struct RawOrder {
     /// Texts to find orders for.
     pub texts: usize,
+    /// Prompts whose autoregressive answers that pass their tests are the texts; 0 takes documents.
+    #[serde(default)]
+    pub answers: usize,
     /// Orders sampled per text.
     pub orders: usize,
     /// Share of the texts kept, those of highest ELBO per token among texts of their block size.
@@ -82,7 +87,7 @@ pub fn train_order(stage: &OrderStage, sources: Sources<'_>) -> anyhow::Result<S
     let mut training = Training::start(config, sources, digest(config, own))?;
     let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
     let file = raw.out.join("orders.jsonl");
-    let paths = if file.exists() { read(&file)? } else { find(stage, &training, sources, &file)? };
+    let paths = if file.exists() { read(&file)? } else { find(stage, &training, sources, &mut progress, &file)? };
     while training.state.step < raw.steps {
         let mask = sources.vocabulary.mask;
         progress.step(step_with_replay(
@@ -102,28 +107,30 @@ pub fn train_order(stage: &OrderStage, sources: Sources<'_>) -> anyhow::Result<S
     training.finish(eval, started)
 }
 
-/// Samples orders for `texts` training documents, block sizes in turn, and writes the best share.
+/// Samples orders for `texts` training documents, or answers of the model itself, block sizes in turn, and writes the
+/// best share.
 fn find(
     stage: &OrderStage,
     training: &Training<'_>,
     sources: Sources<'_>,
+    progress: &mut Progress,
     file: &Path,
 ) -> anyhow::Result<Vec<Trajectory>> {
     let OrderStage { own, stage: config } = stage;
     let raw = &config.raw;
-    let sampling = Sampling { orders: own.orders, temperature: own.temperature, mask: sources.vocabulary.mask };
-    let mut stream = crate::stream::Stream::new(sources.train, raw.seed, raw.batch.length, 0);
+    let Vocabulary { mask, end, .. } = *sources.vocabulary;
+    let sampling = Sampling { orders: own.orders, temperature: own.temperature, mask, end };
+    progress.preparing("collecting texts to find orders for".into());
+    let mut texts = texts(stage, training, sources)?;
     let mut kept = Vec::new();
     for (index, &block) in raw.batch.block_sizes.iter().enumerate() {
         let mut rng = generator(raw.seed, Purpose::Prompts, index as u64);
         let mut found = Vec::new();
         let wanted = own.texts.div_ceil(raw.batch.block_sizes.len());
         while found.len() < wanted {
-            let texts: Vec<_> = (0..TEXTS_AT_ONCE.min(wanted - found.len()))
-                .map(|_| noise::fill(stream.next_document(), block, sources.vocabulary.end))
-                .collect();
-            found.extend(best_orders(training.model(), &texts, block, sampling, training.spread(), &mut rng)?);
-            tracing::info!("orders of {} of {wanted} texts in blocks of {block}", found.len());
+            let some: Vec<_> = texts.by_ref().take(TEXTS_AT_ONCE.min(wanted - found.len())).collect();
+            found.extend(best_orders(training.model(), &some, block, sampling, training.spread(), &mut rng)?);
+            progress.preparing(format!("orders of {} of {wanted} texts in blocks of {block}", found.len()));
         }
         found.sort_by(|a, b| b.1.total_cmp(&a.1));
         found.truncate(((wanted as f64 * own.keep).ceil() as usize).max(1));
@@ -131,4 +138,21 @@ fn find(
     }
     write(&kept, file)?;
     Ok(kept)
+}
+
+/// Texts without end: documents, or the answers again and again.
+fn texts<'a>(
+    stage: &OrderStage,
+    training: &Training<'_>,
+    sources: Sources<'a>,
+) -> anyhow::Result<Box<dyn Iterator<Item = Answer> + 'a>> {
+    let OrderStage { own, stage: config } = stage;
+    let raw = &config.raw;
+    if own.answers > 0 {
+        let file = raw.out.join("answers.jsonl");
+        let answers = Examiner::open(config, sources, CUT_SHARE)?.answers(training, own.answers, &file)?;
+        return Ok(Box::new(answers.into_iter().cycle()));
+    }
+    let mut stream = Stream::new(sources.train, raw.seed, raw.batch.length, 0);
+    Ok(Box::new(std::iter::repeat_with(move || Answer { tokens: stream.next_document(), prompt: 0 })))
 }

@@ -21,7 +21,7 @@ use unmask_trainer::{
     stage_order::{OrderStage, RawOrder, train_order},
     step::Spread,
     train_mask,
-    trajectory::Trajectory,
+    trajectory::{Answer, Trajectory, read},
 };
 
 fn stage(out: &Path, steps: usize, more: &str) -> RawMaskStage {
@@ -68,7 +68,7 @@ fn edits_teach_to_repair_and_orders_are_found_and_learnt() {
 
     let vocabulary = Vocabulary::standard(14);
     let sources = Sources { train: &Copies, held_out: &Copies, vocabulary: &vocabulary, tokenizer: dir.path() };
-    let own = RawOrder { texts: 16, orders: 3, keep: 0.5, temperature: 0.5, alpha: 0.05, replay: 0.3 };
+    let own = RawOrder { texts: 16, answers: 0, orders: 3, keep: 0.5, temperature: 0.5, alpha: 0.05, replay: 0.3 };
     let out = dir.path().join("order");
     let order = OrderStage::new(own, stage(&out, 12, &init(&masks))).unwrap();
     train_order(&order, sources).unwrap();
@@ -85,8 +85,9 @@ fn the_best_of_sampled_orders_beats_a_random_one(model: &Model) {
     let spread = Spread { micro_rows: 1000, threads: 2 };
     let mean = |orders, temperature| {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
-        let texts = texts(100, 8, &mut rng);
-        let sampling = Sampling { orders, temperature, mask: Vocabulary::standard(14).mask };
+        let texts: Vec<Answer> = (0..100).map(|i| Answer { tokens: Copies.encode(i, &mut rng), prompt: 0 }).collect();
+        let Vocabulary { mask, end, .. } = Vocabulary::standard(14);
+        let sampling = Sampling { orders, temperature, mask, end };
         let found = best_orders(model, &texts, 8, sampling, spread, &mut ChaCha8Rng::seed_from_u64(4)).unwrap();
         found.iter().map(|(_, elbo)| elbo).sum::<f64>() / found.len() as f64
     };
@@ -97,7 +98,7 @@ fn the_best_of_sampled_orders_beats_a_random_one(model: &Model) {
 #[test]
 fn settings_of_later_stages_name_every_wrong_key() {
     let dir = tempfile::tempdir().unwrap();
-    let own = RawOrder { texts: 0, orders: 1, keep: 2.0, temperature: -1.0, alpha: 0.0, replay: 0.0 };
+    let own = RawOrder { texts: 0, answers: 0, orders: 1, keep: 2.0, temperature: -1.0, alpha: 0.0, replay: 0.0 };
     let error = OrderStage::new(own, stage(dir.path(), 0, "")).unwrap_err().to_string();
     for key in ["order.texts", "order.keep", "order.temperature", "stage.init.checkpoint", "steps"] {
         assert!(error.contains(key), "{key} in {error}");
@@ -106,6 +107,34 @@ fn settings_of_later_stages_name_every_wrong_key() {
 
 fn models() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models")
+}
+
+/// Orders of what the bundled model answers by itself: prompts are given, answers fall, and their texts pass.
+#[test]
+fn orders_are_found_for_the_models_own_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = models().join(std::fs::read_to_string(models().join("default")).unwrap().trim());
+    let mut run: recipe::OrderRun = recipe::read(&models().join("recipe/order.toml")).unwrap();
+    run.data.tokenizer = folder.join("tokenizer.json");
+    run.stage.init.checkpoint = Some(folder);
+    run.stage.out = dir.path().join("out");
+    (run.stage.steps, run.stage.batch.tokens, run.stage.optimizer.warm_up) = (2, 512, 1);
+    run.stage.eval.documents = 2;
+    run.order = RawOrder { texts: 16, answers: 12, orders: 2, keep: 0.5, temperature: 0.5, alpha: 0.05, replay: 0.3 };
+    let out = run.stage.out.clone();
+    assert_eq!(recipe::order(run).unwrap().steps, 2);
+    let answers: Vec<Answer> = read(&out.join("answers.jsonl")).unwrap();
+    let paths: Vec<Trajectory> = read(&out.join("orders.jsonl")).unwrap();
+    assert!(answers.len() > 6 && paths.len() == 8, "{} answers, {} paths", answers.len(), paths.len());
+    for path in &paths {
+        let text = &path.tokens[..path.length];
+        let answer = answers.iter().find(|answer| answer.tokens == text).expect("the text is an answer");
+        let first = answer.prompt / path.block * path.block;
+        assert_eq!(path.reveal.len(), path.tokens.len() - first);
+        let given = answer.prompt - first;
+        assert!(path.reveal[..given].iter().all(|pass| *pass == 0), "{path:?}");
+        assert!(path.reveal[given..].iter().all(|pass| (1..=path.block as u16).contains(pass)), "{path:?}");
+    }
 }
 
 /// A few steps of the last stage on the bundled model: rounds are measured and logged, the paths that are learnt from

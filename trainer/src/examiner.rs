@@ -1,0 +1,130 @@
+//! Tasks put to the model in training: it is exported as it is, decodes their prompts in the engine, and their tests
+//! are run.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use rand::{Rng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+use unmask_engine::{LoadOptions, Model};
+use unmask_text::{Specials, Tokenizer};
+
+use crate::{
+    config::MaskStage,
+    measure::{self, Point},
+    rollout::{Given, Prompt, Rollout, STREAMS, roll_out, verify},
+    stream::{Purpose, generator},
+    tasks::{Part, Task, Tasks, verify::with_expected_results},
+    training::{Sources, Training},
+    trajectory::{Answer, read, write},
+};
+
+/// Index of the first task that is answered autoregressively.
+const ANSWERS_FIRST: u64 = 1 << 41;
+
+/// A decoded and verified prompt.
+pub(crate) struct Decoded {
+    pub index: usize,
+    pub prompt: Vec<u32>,
+    pub rollout: Rollout,
+    pub passed: bool,
+}
+
+/// Who asks.
+pub(crate) struct Examiner<'a> {
+    config: &'a MaskStage,
+    sources: Sources<'a>,
+    pub tokenizer: Tokenizer,
+    generator: Tasks,
+    /// Share of prompts cut at a random character.
+    cut_share: f64,
+}
+
+impl<'a> Examiner<'a> {
+    pub(crate) fn open(config: &'a MaskStage, sources: Sources<'a>, cut_share: f64) -> anyhow::Result<Self> {
+        let (generator, tokenizer) = (Tasks::new()?, measure::tokenizer(sources.tokenizer)?);
+        Ok(Self { config, sources, tokenizer, generator, cut_share })
+    }
+
+    /// `count` training tasks from number `first` on.
+    pub(crate) fn tasks(&self, first: u64, count: usize) -> anyhow::Result<Vec<Task>> {
+        let draw = |i| self.generator.draw(self.config.raw.seed, Part::Training, i);
+        with_expected_results(&(first..first + count as u64).map(draw).collect::<Vec<Task>>())
+    }
+
+    /// The autoregressive answers to `count` prompts that pass; asked once, and kept in `file`.
+    ///
+    /// # Errors
+    /// None passes; the engine, Python or the file.
+    pub(crate) fn answers(&self, training: &Training<'_>, count: usize, file: &Path) -> anyhow::Result<Vec<Answer>> {
+        if file.exists() {
+            return read(file);
+        }
+        let model = self.served(training)?;
+        let mut rng = generator(self.config.raw.seed, Purpose::Prompts, ANSWERS_FIRST);
+        let prompts = self.prompts(ANSWERS_FIRST, count, &mut rng)?;
+        let all: Vec<usize> = (0..prompts.len()).collect();
+        let decoded = self.decode(&model, &prompts, &all, Point::AUTOREGRESSIVE)?;
+        let end = self.sources.vocabulary.end;
+        let passed = decoded.into_iter().filter(|decoded| decoded.passed);
+        let answers: Vec<Answer> = passed.filter_map(|decoded| decoded.rollout.answer(&decoded.prompt, end)).collect();
+        ensure!(!answers.is_empty(), "no answer passes: start from a model that solves some of its tasks");
+        write(&answers, file)?;
+        Ok(answers)
+    }
+
+    pub(crate) fn load(&self, folder: &Path) -> anyhow::Result<Arc<Model>> {
+        let options = LoadOptions { threads: self.config.threads, ..LoadOptions::default() };
+        Ok(Arc::new(Model::load(folder, &options)?))
+    }
+
+    /// The model as it is, in the engine.
+    pub(crate) fn served(&self, training: &Training<'_>) -> anyhow::Result<Arc<Model>> {
+        let dir = tempfile::tempdir().context("a folder for the model")?;
+        let folder = dir.path().join("model");
+        training.export(&folder)?;
+        self.load(&folder)
+    }
+
+    /// Decodes the prompts `taken` at `point` and verifies the answers.
+    pub(crate) fn decode(
+        &self,
+        model: &Arc<Model>,
+        prompts: &[Prompt],
+        taken: &[usize],
+        point: Point,
+    ) -> anyhow::Result<Vec<Decoded>> {
+        let encode = |&i: &usize| self.tokenizer.encode(&prompts[i].text, Specials::AsText, false).map(Given::from);
+        let given: Vec<Given> = taken.iter().map(encode).collect::<Result<_, _>>()?;
+        let rollouts = roll_out(model, &given, point, STREAMS, |_| {})?.rollouts;
+        let answers: Vec<(&Prompt, String)> = taken
+            .iter()
+            .zip(&rollouts)
+            .map(|(&i, rollout)| (&prompts[i], self.tokenizer.decode(&rollout.answer, true)))
+            .collect();
+        let passed = verify(&answers)?;
+        let all = taken.iter().zip(given).zip(rollouts).zip(passed);
+        Ok(all
+            .map(|(((&index, given), rollout), passed)| Decoded { index, prompt: given.ids, rollout, passed })
+            .collect())
+    }
+
+    /// Prompts of `count` tasks from number `first` on, some of them cut.
+    pub(crate) fn prompts(&self, first: u64, count: usize, rng: &mut ChaCha8Rng) -> anyhow::Result<Vec<Prompt>> {
+        let mut prompts: Vec<Prompt> = self
+            .tasks(first, count)?
+            .into_iter()
+            .map(|task| {
+                if !rng.random_bool(self.cut_share) {
+                    return Prompt { text: task.prompt.clone(), task: Some(task) };
+                }
+                let ends: Vec<usize> = task.prompt.char_indices().map(|(at, _)| at).skip(1).collect();
+                let end = if ends.is_empty() { task.prompt.len() } else { ends[rng.random_range(0..ends.len())] };
+                Prompt { text: task.prompt[..end].to_owned(), task: None }
+            })
+            .collect();
+        prompts.shuffle(rng);
+        Ok(prompts)
+    }
+}
