@@ -215,8 +215,8 @@ impl Relay {
         self.patience.saturating_sub(waited)
     }
 
-    /// A group with the same tokens (numerics and tokenizer, and what it must read) that has not failed yet. When there is none, waits for
-    /// one, then forgives those that failed.
+    /// A group with the same tokens (numerics and tokenizer) that reads all of the request and has not failed yet. When
+    /// there is none, waits for one, then forgives those that failed.
     async fn route(&mut self, last: Option<&(Verdict, Status)>) -> Result<Arc<Route>, Status> {
         let model = Arc::clone(&self.job.model);
         let between = !self.job.suffix.is_empty();

@@ -58,9 +58,12 @@ impl<'a> Examiner<'a> {
     /// # Errors
     /// None passes; the engine, Python or the file.
     pub(crate) fn answers(&self, training: &Training<'_>, count: usize, file: &Path) -> anyhow::Result<Vec<Answer>> {
-        if file.exists() {
-            return read(file);
-        }
+        let answers = if file.exists() { read(file)? } else { self.answer(training, count, file)? };
+        ensure!(!answers.is_empty(), "no answer passes: start from a model that solves some of its tasks");
+        Ok(answers)
+    }
+
+    fn answer(&self, training: &Training<'_>, count: usize, file: &Path) -> anyhow::Result<Vec<Answer>> {
         let model = self.served(training)?;
         let mut rng = generator(self.config.raw.seed, Purpose::Prompts, ANSWERS_FIRST);
         let prompts = self.prompts(ANSWERS_FIRST, count, &mut rng)?;
@@ -69,7 +72,6 @@ impl<'a> Examiner<'a> {
         let end = self.sources.vocabulary.end;
         let passed = decoded.into_iter().filter(|decoded| decoded.passed);
         let answers: Vec<Answer> = passed.filter_map(|decoded| decoded.rollout.answer(&decoded.prompt, end)).collect();
-        ensure!(!answers.is_empty(), "no answer passes: start from a model that solves some of its tasks");
         write(&answers, file)?;
         Ok(answers)
     }

@@ -7,7 +7,8 @@
 //! `layout` (examples as rows), `ops` (operations with gradients), `model`, `step` (gradients of a batch), `optimizer`,
 //! `schedule`, `checkpoint`, `progress`, `config`, `training` (what stages share), `stage_mask` (the first stage),
 //! `trajectory` (denoising paths), `order` and `stage_order` (constrained order), `rollout` and `examiner` (what a model
-//! writes by itself, and what of it is right) and `stage_on_policy` (the last stage), `measure` and `repair` (quality of the result).
+//! writes by itself, and what of it is right) and `stage_on_policy` (the last stage), `measure` and `repair` (quality of
+//! the result).
 
 pub mod checkpoint;
 pub mod config;

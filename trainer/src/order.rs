@@ -32,8 +32,8 @@ struct Draft {
     elbo: f64,
 }
 
-/// Samples `orders` orders in which the answers to their prompts fall, all of one text with the same number of passes per block, and returns the best of
-/// each with its ELBO per token: the sum of `log p(token | state before its pass)`.
+/// Samples `orders` orders in which the answers to their prompts fall, all of one text with the same number of passes per
+/// block, and returns the best of each with its ELBO per token: the sum of `log p(token | state before its pass)`.
 ///
 /// # Errors
 /// When a token or position is out of the model's range.

@@ -10,6 +10,7 @@ use unmask_engine::{LoadOptions, Model};
 use unmask_trainer::{
     RawMaskStage, Summary,
     config::RawModel,
+    data::MixtureConfig,
     measure::{self, Point},
     recipe::{self, MaskRun, OnPolicyRun, OrderRun},
     repair::Repair,
@@ -26,14 +27,19 @@ struct Place {
 }
 
 impl Place {
-    fn recipe(&self, name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/recipe").join(name).with_extension("toml")
-    }
-
     /// 0.8 million parameters, small steps, little to measure on the way.
-    fn shrink(&self, stage: &mut RawMaskStage, name: &str, steps: usize) {
+    fn shrink(
+        &self,
+        data: &mut MixtureConfig,
+        stage: &mut RawMaskStage,
+        name: &str,
+        steps: usize,
+        init: Option<&Summary>,
+    ) {
+        data.tokenizer.clone_from(&self.tokenizer);
         stage.out = self.dir.join(name);
         stage.steps = steps;
+        stage.init.checkpoint = init.map(|before| before.model.clone());
         stage.model = RawModel {
             hidden_size: 128,
             intermediate_size: 320,
@@ -46,31 +52,26 @@ impl Place {
         (stage.decode.block_size, stage.decode.tau, stage.decode.self_speculative) = (BLOCK, 0.9, false);
     }
 
-    fn mask(&self, from: &str, name: &str, steps: usize, init: Option<&Summary>) -> Summary {
-        let mut run: MaskRun = recipe::read(&self.recipe(from)).unwrap();
-        self.shrink(&mut run.stage, name, steps);
-        run.data.tokenizer.clone_from(&self.tokenizer);
+    /// Masks or edits, as the recipe of that name says.
+    fn mask(&self, name: &str, steps: usize, init: Option<&Summary>) -> Summary {
+        let mut run: MaskRun = recipe::read(&recipe_of(name)).unwrap();
+        self.shrink(&mut run.data, &mut run.stage, name, steps, init);
         (run.data.infill_share, run.data.cut_share) = (0.0, 0.0);
-        run.stage.init.checkpoint = init.map(|before| before.model.clone());
         recipe::mask(run).unwrap()
     }
 
     /// Constrained order on the model's own answers.
     fn order(&self, init: &Summary) -> Summary {
-        let mut run: OrderRun = recipe::read(&self.recipe("order")).unwrap();
-        self.shrink(&mut run.stage, "order", 120);
-        run.data.tokenizer.clone_from(&self.tokenizer);
-        run.stage.init.checkpoint = Some(init.model.clone());
+        let mut run: OrderRun = recipe::read(&recipe_of("order")).unwrap();
+        self.shrink(&mut run.data, &mut run.stage, "order", 120, Some(init));
         run.stage.seed = 1;
         (run.order.texts, run.order.answers, run.order.orders) = (240, 800, 3);
         recipe::order(run).unwrap()
     }
 
     fn on_policy(&self, init: &Summary) -> Summary {
-        let mut run: OnPolicyRun = recipe::read(&self.recipe("on-policy")).unwrap();
-        self.shrink(&mut run.stage, "on-policy", 200);
-        run.data.tokenizer.clone_from(&self.tokenizer);
-        run.stage.init.checkpoint = Some(init.model.clone());
+        let mut run: OnPolicyRun = recipe::read(&recipe_of("on-policy")).unwrap();
+        self.shrink(&mut run.data, &mut run.stage, "on-policy", 200, Some(init));
         let own = &mut run.on_policy;
         (own.answers, own.answer_steps, own.round_steps, own.prompts) = (2000, 120, 40, 300);
         (own.cut_share, own.guard_tasks, own.guard_points) = (0.0, 200, 100.0);
@@ -90,6 +91,10 @@ impl Place {
     }
 }
 
+fn recipe_of(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/recipe").join(name).with_extension("toml")
+}
+
 fn repaired(summary: &Summary) -> Repair {
     recipe::repair_rates(&summary.model, 100, &[BLOCK], 0.05, 0.9).unwrap().remove(0)
 }
@@ -103,11 +108,11 @@ fn each_stage_has_its_effect() {
     let tokenizer = bundled.join(default.trim()).join("tokenizer.json");
     let place = Place { dir: dir.path().to_owned(), tokenizer };
 
-    let masks = place.mask("mask", "mask", 1000, None);
+    let masks = place.mask("mask", 1000, None);
     let (tpf, passing_masks) = place.decoded(&masks);
     eprintln!("masks: {passing_masks:.3} of the tasks at {tpf:.2} tokens per pass, {:?}", repaired(&masks));
 
-    let edits = place.mask("edit", "edit", 250, Some(&masks));
+    let edits = place.mask("edit", 250, Some(&masks));
     let (before, after) = (repaired(&masks), repaired(&edits));
     let (tpf, passing_edits) = place.decoded(&edits);
     eprintln!("edits: {passing_edits:.3} of the tasks at {tpf:.2} tokens per pass, {after:?}");

@@ -11,7 +11,7 @@ use toy::Copies;
 use unmask_trainer::{
     RawMaskStage, Sources, Summary,
     checkpoint::{Vocabulary, read_shape, read_weights},
-    data::Documents,
+    data::{Documents, MixtureConfig},
     model::Model,
     noise::{self, Filled},
     order::{Sampling, best_orders},
@@ -109,17 +109,20 @@ fn models() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models")
 }
 
+fn few_steps_from_bundled(data: &mut MixtureConfig, stage: &mut RawMaskStage, steps: usize, dir: &Path) {
+    let folder = models().join(std::fs::read_to_string(models().join("default")).unwrap().trim());
+    data.tokenizer = folder.join("tokenizer.json");
+    stage.init.checkpoint = Some(folder);
+    stage.out = dir.join("out");
+    (stage.steps, stage.batch.tokens, stage.optimizer.warm_up, stage.eval.documents) = (steps, 512, 1, 2);
+}
+
 /// Orders of what the bundled model answers by itself: prompts are given, answers fall, and their texts pass.
 #[test]
 fn orders_are_found_for_the_models_own_answers() {
     let dir = tempfile::tempdir().unwrap();
-    let folder = models().join(std::fs::read_to_string(models().join("default")).unwrap().trim());
     let mut run: recipe::OrderRun = recipe::read(&models().join("recipe/order.toml")).unwrap();
-    run.data.tokenizer = folder.join("tokenizer.json");
-    run.stage.init.checkpoint = Some(folder);
-    run.stage.out = dir.path().join("out");
-    (run.stage.steps, run.stage.batch.tokens, run.stage.optimizer.warm_up) = (2, 512, 1);
-    run.stage.eval.documents = 2;
+    few_steps_from_bundled(&mut run.data, &mut run.stage, 2, dir.path());
     run.order = RawOrder { texts: 16, answers: 12, orders: 2, keep: 0.5, temperature: 0.5, alpha: 0.05, replay: 0.3 };
     let out = run.stage.out.clone();
     assert_eq!(recipe::order(run).unwrap().steps, 2);
@@ -142,15 +145,8 @@ fn orders_are_found_for_the_models_own_answers() {
 #[test]
 fn on_policy_training_learns_from_shorter_paths() {
     let dir = tempfile::tempdir().unwrap();
-    let folder = models().join(std::fs::read_to_string(models().join("default")).unwrap().trim());
     let mut run: recipe::OnPolicyRun = recipe::read(&models().join("recipe/on-policy.toml")).unwrap();
-    run.data.tokenizer = folder.join("tokenizer.json");
-    run.stage.init.checkpoint = Some(folder);
-    run.stage.out = dir.path().join("out");
-    run.stage.steps = 3;
-    run.stage.optimizer.warm_up = 1;
-    run.stage.batch.tokens = 512;
-    run.stage.eval.documents = 2;
+    few_steps_from_bundled(&mut run.data, &mut run.stage, 3, dir.path());
     (run.on_policy.answers, run.on_policy.answer_steps) = (16, 1);
     (run.on_policy.round_steps, run.on_policy.prompts, run.on_policy.guard_tasks) = (1, 24, 24);
     run.on_policy.thresholds = vec![0.95, 0.7];

@@ -241,7 +241,9 @@ async fn gaps(tasks: &[Task], asker: &Asker, capabilities: &Capabilities) -> any
     let mut cases = questions::infill(tasks);
     if capabilities.infill_by_masks {
         for case in &mut cases {
-            case.max_tokens = Some(asker.count(case.expected().unwrap_or_default()).await?);
+            if let Some(line) = case.expected() {
+                case.max_tokens = Some(asker.count(line).await?);
+            }
         }
     }
     Ok(cases)
