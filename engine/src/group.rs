@@ -6,7 +6,7 @@
 
 pub mod wire;
 
-use crate::model::{Link, Model, Operation, Scratch};
+use crate::model::{Link, Model, Scratch};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 pub use unmask_kernels::comm::{AbortHandle, Comm, CommError, TcpRank, threads};
@@ -241,8 +241,6 @@ impl Link for Sums<'_> {
     fn all_reduce(&mut self, values: &mut [f32]) -> Result<(), CommError> {
         self.comm.all_reduce(values, self.deadline)
     }
-
-    fn after(&mut self, _: Operation) {}
 }
 
 /// Why a follower ended.

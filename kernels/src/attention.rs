@@ -14,14 +14,16 @@ use half::bf16;
 
 use crate::Cpu;
 use crate::exp::{exp, largest};
-use crate::kv::{Element, HEAD_DIM_MAX, HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
+use crate::kv::{Blocks, Element, HEAD_DIM_MAX, HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
 use crate::lanes::*;
+use crate::pool::Member;
 use crate::rows::RowsMut;
+pub(crate) use split::Runs;
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// Rows per task; tiles start at multiples of it.
-const TILE_ROWS: usize = 8;
+pub(crate) const TILE_ROWS: usize = 8;
 
 /// Queries that share the loads of a page.
 const QUERIES_MAX: usize = 8;
@@ -38,14 +40,13 @@ const CHUNK: usize = 16;
 /// Vectors of the narrowest ISA (4 lanes) in a chunk.
 const CHUNK_VECTORS: usize = 4;
 
-/// What every task of one call shares.
-struct Attention<'a> {
-    qkv: &'a [f32],
-    shape: HeadShape,
-    rows: RowTable<'a>,
-    layer: usize,
-    kv: &'a KvCache,
-    out: RowsMut<'a, f32>,
+/// What the members of a team share.
+pub(crate) struct Attention<'a, E> {
+    pub(crate) qkv: &'a RowsMut<'a, f32>,
+    pub(crate) shape: HeadShape,
+    pub(crate) rows: RowTable<'a>,
+    pub(crate) kv: Blocks<'a, E>,
+    pub(crate) out: &'a RowsMut<'a, f32>,
 }
 
 /// Running state of up to [`QUERIES_MAX`] queries of one sequence and key/value head.
@@ -84,32 +85,60 @@ impl Cpu {
         kv: &KvCache,
         out: &mut [f32],
     ) {
-        shape.check();
         kv.check(shape, layer);
         rows.check(kv.pages());
         assert_eq!(qkv.len(), rows.rows.len() * shape.qkv_width(), "qkv must hold one row per entry of the table");
         assert_eq!(out.len(), rows.rows.len() * shape.out_width(), "out must hold one row per entry of the table");
-        let tiles = rows.rows.len().div_ceil(TILE_ROWS);
-        let longest = rows.rows.iter().map(|row| row.end as usize).max().unwrap_or(0);
-        let (tasks, splits) = (tiles * shape.kv_heads, longest.div_ceil(SPLIT_SLOTS));
-        let job = Attention { qkv, shape: *shape, rows: *rows, layer, kv, out: RowsMut::new(out) };
-        if splits > 1 && tasks < TASKS_PER_THREAD * self.pool().threads() {
-            return self.attend_in_splits(&job, tasks, splits);
-        }
-        let isa = self.isa();
-        self.pool().run(tasks, &|task| {
-            let at = (task / shape.kv_heads, task % shape.kv_heads);
-            let sink = Sink::Output;
-            STATE.with_borrow_mut(|state| dispatch!(isa, run_tile(&job, at, 0..splits, &sink, state)));
+        let (qkv, out, shape, rows) = (&RowsMut::reading(qkv), &RowsMut::new(out), *shape, *rows);
+        // SAFETY: the team does nothing else.
+        self.with_runs(&shape, &rows, |runs| match kv.dtype() {
+            KvType::F32 => {
+                let job = Attention { qkv, shape, rows, kv: kv.blocks::<f32>().of(layer), out };
+                self.pool().team(&|member| unsafe { self.attend(member, &job, runs) });
+            }
+            KvType::Bf16 => {
+                let job = Attention { qkv, shape, rows, kv: kv.blocks::<bf16>().of(layer), out };
+                self.pool().team(&|member| unsafe { self.attend(member, &job, runs) });
+            }
         });
     }
+
+    /// This member's part of the attention of all rows. Every member of the team calls this.
+    ///
+    /// # Safety
+    /// Nobody writes queries or cache before the members have met, nor uses `out`.
+    pub(crate) unsafe fn attend<E: Element>(&self, member: &Member<'_>, job: &Attention<'_, E>, runs: &Runs<'_>) {
+        let kv_heads = job.shape.kv_heads;
+        let tasks = job.rows.rows.len().div_ceil(TILE_ROWS) * kv_heads;
+        if let Some(parts) = runs.apart() {
+            return self.attend_apart(member, job, tasks, parts);
+        }
+        // SAFETY: the caller's promise; each tile and head belongs to one task.
+        member.each(tasks, |task| unsafe { self.attend_tile(job, task / kv_heads, task % kv_heads) });
+    }
+
+    /// One tile of rows with one key/value head.
+    ///
+    /// # Safety
+    /// Nobody writes the tile's queries of the head, nor the head's cache, nor uses its part of `out`, at the same time.
+    pub(crate) unsafe fn attend_tile<E: Element>(&self, job: &Attention<'_, E>, tile: usize, kv_head: usize) {
+        let splits = longest(&job.rows).div_ceil(SPLIT_SLOTS);
+        STATE.with_borrow_mut(|state| {
+            dispatch!(self.isa(), run_tile(job, (tile, kv_head), 0..splits, &Sink::Output, state));
+        });
+    }
+}
+
+/// The last slot that any row attends to.
+fn longest(rows: &RowTable<'_>) -> usize {
+    rows.rows.iter().map(|row| row.end as usize).max().unwrap_or(0)
 }
 
 /// # Safety
 /// The ISA of `L` must be present, and no other thread may work on the same tile and head.
 #[inline(always)]
 unsafe fn run_tile<L: Lanes>(
-    job: &Attention<'_>,
+    job: &Attention<'_, impl Element>,
     (tile, kv_head): (usize, usize),
     splits: Range<usize>,
     sink: &Sink<'_>,
@@ -123,12 +152,7 @@ unsafe fn run_tile<L: Lanes>(
         let count = rows[first..end].iter().take_while(|row| row.sequence == sequence).count();
         let group = Group { job, first, kv_head, query: 0, splits: splits.clone(), sink };
         // SAFETY: the caller's promise.
-        unsafe {
-            match job.kv.dtype() {
-                KvType::F32 => run_sequence::<L, f32>(group, count, state),
-                KvType::Bf16 => run_sequence::<L, bf16>(group, count, state),
-            }
-        }
+        unsafe { run_sequence::<L, _>(group, count, state) };
         first += count;
     }
 }
@@ -136,9 +160,9 @@ unsafe fn run_tile<L: Lanes>(
 /// All queries of `count` rows of one sequence, in groups as large as registers allow.
 ///
 /// # Safety
-/// As [`run_tile`]; `E` must be the cache's element.
+/// As [`run_tile`].
 #[inline(always)]
-unsafe fn run_sequence<L: Lanes, E: Element>(mut group: Group<'_>, count: usize, state: &mut State) {
+unsafe fn run_sequence<L: Lanes, E: Element>(mut group: Group<'_, E>, count: usize, state: &mut State) {
     // 8 queries by 2 vectors of scores fit 32 vector registers, 4 by 2 fit 16.
     let at_once = if L::WIDTH >= CHUNK { 8 } else { 4 };
     let total = count * group.job.shape.group();
@@ -147,11 +171,11 @@ unsafe fn run_sequence<L: Lanes, E: Element>(mut group: Group<'_>, count: usize,
         // SAFETY: the caller's promise.
         group.query += unsafe {
             match left {
-                8.. => group.run::<L, E, 8>(state),
-                4.. => group.run::<L, E, 4>(state),
-                3 => group.run::<L, E, 3>(state),
-                2.. => group.run::<L, E, 2>(state),
-                _ => group.run::<L, E, 1>(state),
+                8.. => group.run::<L, 8>(state),
+                4.. => group.run::<L, 4>(state),
+                3 => group.run::<L, 3>(state),
+                2.. => group.run::<L, 2>(state),
+                _ => group.run::<L, 1>(state),
             }
         };
     }
@@ -166,8 +190,8 @@ enum Sink<'a> {
 }
 
 /// Consecutive queries of one sequence and key/value head, counted row by row from row `first`.
-struct Group<'a> {
-    job: &'a Attention<'a>,
+struct Group<'a, E> {
+    job: &'a Attention<'a, E>,
     first: usize,
     kv_head: usize,
     query: usize,
@@ -176,7 +200,7 @@ struct Group<'a> {
     sink: &'a Sink<'a>,
 }
 
-impl Group<'_> {
+impl<E: Element> Group<'_, E> {
     /// Row and query head of the `i`-th query of the group.
     #[inline(always)]
     fn locate(&self, i: usize) -> (usize, usize) {
@@ -189,22 +213,24 @@ impl Group<'_> {
         self.job.rows.rows[self.locate(i).0]
     }
 
+    /// The `i`-th query.
     #[inline(always)]
     fn source(&self, i: usize) -> &[f32] {
         let (row, head) = self.locate(i);
         let shape = &self.job.shape;
-        &self.job.qkv[row * shape.qkv_width() + head * shape.head_dim..][..shape.head_dim]
+        // SAFETY: who runs the group promises that nobody writes its queries.
+        unsafe { self.job.qkv.view(row * shape.qkv_width() + head * shape.head_dim, shape.head_dim) }
     }
 
     /// Attends with `Q` queries over their pages in the group's runs; returns `Q`.
     #[inline(always)]
-    unsafe fn run<L: Lanes, E: Element, const Q: usize>(&self, state: &mut State) -> usize {
+    unsafe fn run<L: Lanes, const Q: usize>(&self, state: &mut State) -> usize {
         let dims = self.job.shape.head_dim;
         let ends: [usize; Q] = std::array::from_fn(|i| self.row(i).end as usize);
         let last = ends.iter().copied().max().unwrap_or(0).div_ceil(SPLIT_SLOTS);
         for split in self.splits.start..self.splits.end.min(last) {
             // SAFETY: the caller's promise.
-            unsafe { self.attend::<L, E, Q>(&ends, split, state) };
+            unsafe { self.attend::<L, Q>(&ends, split, state) };
             for i in 0..Q {
                 let (row, head) = self.locate(i);
                 let sums = &state.sums[i * dims.next_multiple_of(CHUNK)..][..dims];
@@ -232,7 +258,7 @@ impl Group<'_> {
 
     /// Attends with `Q` queries, which reach to `ends`, to one run of slots.
     #[inline(always)]
-    unsafe fn attend<L: Lanes, E: Element, const Q: usize>(&self, ends: &[usize; Q], split: usize, state: &mut State) {
+    unsafe fn attend<L: Lanes, const Q: usize>(&self, ends: &[usize; Q], split: usize, state: &mut State) {
         let (job, dims) = (self.job, self.job.shape.head_dim);
         let stride = dims.next_multiple_of(CHUNK);
         let sources: [&[f32]; Q] = std::array::from_fn(|i| self.source(i));
@@ -243,7 +269,8 @@ impl Group<'_> {
         let last = ends.iter().copied().max().unwrap_or(0).min((split + 1) * SPLIT_SLOTS);
         let pages = split * SPLIT_SLOTS / PAGE_SLOTS..last.div_ceil(PAGE_SLOTS);
         for (index, &page) in pages.clone().zip(&table[pages]) {
-            let (keys, values) = job.kv.block::<E>(job.layer, page as usize, self.kv_head);
+            // SAFETY: the caller's promise.
+            let (keys, values) = unsafe { job.kv.read(page as usize, self.kv_head) };
             let slots = ends.map(|end| end.saturating_sub(index * PAGE_SLOTS).min(PAGE_SLOTS));
             // SAFETY: `block` hands out whole pages, sources are `head_dim` long, the ISA is present.
             unsafe {

@@ -12,12 +12,13 @@ mod one_row;
 mod tile;
 
 use crate::pack::{BLOCK_GROUPS, PANEL, PIECES, Packed};
+use crate::pool::Member;
 use crate::rows::RowsMut;
 use crate::{Cpu, Isa};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(crate) use amx::{TILE_OPERATIONS, multiply_tiles};
 use epilogue::finish;
-pub(crate) use input::{Input, ROWS};
+pub(crate) use input::{Desk, Input, ROWS};
 #[cfg(target_arch = "x86_64")]
 use one_row::OneRow;
 use std::cell::RefCell;
@@ -96,22 +97,44 @@ impl Cpu {
     /// `out = epilogue(x W^T)` for `x` (m, k): out is (m, n), or (m, n / 2) of a gated product.
     pub fn gemm(&self, x: &[f32], w: &Packed, epilogue: Epilogue<'_>, out: &mut [f32]) {
         let (shape, k) = (w.shape(), w.k());
-        let (m, width, panels) = (x.len() / k, shape.width(), shape.panels());
+        let (m, width) = (x.len() / k, shape.width());
         assert_eq!(x.len(), m * k, "x must be (m, {k})");
         assert_eq!(out.len(), m * width, "out must be ({m}, {width})");
         assert_eq!(shape.gated, matches!(epilogue, Epilogue::SiluMul), "gated products, and only they, end in SiluMul");
         if let Epilogue::Bias(bias) = epilogue {
             assert_eq!(bias.len(), width, "bias must have one element per column");
         }
-        let tasks = Tasks::new(panels, self.pool().threads(), self.panels_at_once(), w.bytes() > CACHED_BYTES);
         let out = RowsMut::new(out);
-        self.with_input(x, w, |input| {
-            self.pool().run(tasks.count(), &|task| {
-                let _registers = amx::Configured::new(self.isa());
-                // Each task writes its own panels' columns.
-                self.for_tiles(input, 0..m, w, tasks.panels(task), |panel, rows, tile| {
-                    dispatch!(self.isa(), finish(tile, rows, w, panel, epilogue, &out));
-                });
+        self.with_desk(m, [(w, false)], |desk| {
+            self.pool().team(&|member| {
+                // SAFETY: nobody writes `x`, and nothing was on the desk before.
+                let input = unsafe { self.input(member, desk, x, None, w) };
+                // SAFETY: the team does nothing else.
+                unsafe { self.product(member, input, m, w, epilogue, &out) };
+            });
+        });
+    }
+
+    /// This member's part of the product of `m` rows. Every member of the team calls this.
+    ///
+    /// # Safety
+    /// `out` holds `m` rows, which nobody else uses before the members have met.
+    pub(crate) unsafe fn product(
+        &self,
+        member: &Member<'_>,
+        input: Input<'_>,
+        m: usize,
+        w: &Packed,
+        epilogue: Epilogue<'_>,
+        out: &RowsMut<'_, f32>,
+    ) {
+        let few = w.bytes() <= CACHED_BYTES;
+        let tasks = Tasks::new(w.shape().panels(), member.threads(), self.panels_at_once(), !few);
+        let _registers = amx::Configured::new(self.isa());
+        member.each(tasks.count(), |task| {
+            // Each task writes its own panels' columns.
+            self.for_tiles(input, 0..m, w, tasks.panels(task), |panel, rows, tile| {
+                dispatch!(self.isa(), finish(tile, rows, w, panel, epilogue, out));
             });
         });
     }
@@ -153,11 +176,7 @@ impl Cpu {
         TILES.with_borrow_mut(|tiles| {
             #[cfg(target_arch = "x86_64")]
             if let Some(row) = OneRow::of(self.isa(), input, &rows, w) {
-                for panel in panels.clone().step_by(PAIR) {
-                    let count = PAIR.min(panels.end - panel);
-                    row.panels(panel, count, &mut tiles[0]);
-                    tiles[0].iter().take(count).zip(panel..).for_each(|(tile, at)| done(at, (rows.start, 1), tile));
-                }
+                row.panels(panels, tiles.as_flattened_mut(), |panel, tile| done(panel, (rows.start, 1), tile));
                 return;
             }
             for panel in panels.clone().step_by(at_once) {

@@ -64,7 +64,7 @@ impl HeadShape {
         self.heads / self.kv_heads
     }
 
-    pub(crate) fn check(&self) {
+    fn check(&self) {
         assert!(self.kv_heads > 0 && self.heads > 0, "heads and kv_heads must be positive: {self:?}");
         assert!(self.heads.is_multiple_of(self.kv_heads), "heads must be a multiple of kv_heads: {self:?}");
         let fits = self.head_dim > 0 && self.head_dim <= HEAD_DIM_MAX;
@@ -206,7 +206,9 @@ impl KvCache {
     }
 
     fn read_as<E: Element>(&self, layer: usize, page: usize, kv_head: usize, slot: usize) -> (Vec<f32>, Vec<f32>) {
-        let (keys, values) = self.block::<E>(layer, page, kv_head);
+        let blocks = self.blocks::<E>().of(layer);
+        // SAFETY: nobody writes: the cache is borrowed.
+        let (keys, values) = unsafe { blocks.read(page, kv_head) };
         let (dims, stride) = (self.shape.head_dim, self.shape.value_stride());
         let key = (0..dims).map(|d| keys[d * PAGE_SLOTS + slot].widen()).collect();
         let value = values[slot * stride..][..dims].iter().map(|v| v.widen()).collect();
@@ -214,26 +216,19 @@ impl KvCache {
     }
 
     pub(crate) fn check(&self, shape: &HeadShape, layer: usize) {
+        shape.check();
         assert!(self.shape == *shape, "the cache was made for {:?}, not {shape:?}", self.shape);
         assert!(layer < self.layers, "layer {layer} is outside a cache of {} layers", self.layers);
     }
 
-    /// Keys and values of one page and head. `E` must be the element of `dtype`.
-    #[inline(always)]
-    pub(crate) fn block<E: Element>(&self, layer: usize, page: usize, kv_head: usize) -> (&[E], &[E]) {
-        let elements = block_elements(&self.shape);
-        let start = self.block_start::<E>(layer, page, kv_head);
-        // SAFETY: the index checks of `block_start` keep the range inside `storage`, which is aligned and initialised;
-        // any bit pattern is a valid f32 or bf16.
-        let block =
-            unsafe { std::slice::from_raw_parts(self.storage.as_slice().as_ptr().cast::<E>().add(start), elements) };
-        block.split_at(self.shape.head_dim * PAGE_SLOTS)
+    /// The blocks of all layers, the first chosen, to be read. `E` must be the element of `dtype`.
+    pub(crate) fn blocks<E: Element>(&self) -> Blocks<'_, E> {
+        Blocks { base: self.storage.as_slice().as_ptr().cast_mut().cast(), cache: self, layer: 0 }
     }
 
-    /// A writer for tasks that each own one key/value head. `E` must be the element of `dtype`.
-    pub(crate) fn writer<E: Element>(&mut self, layer: usize) -> KvWriter<'_, E> {
-        let base = self.storage.as_mut_slice().as_mut_ptr().cast::<E>();
-        KvWriter { base, cache: self, layer }
+    /// The same, to be read and written.
+    pub(crate) fn blocks_mut<E: Element>(&mut self) -> Blocks<'_, E> {
+        Blocks { base: self.storage.as_mut_slice().as_mut_ptr().cast(), cache: self, layer: 0 }
     }
 
     #[inline(always)]
@@ -249,22 +244,49 @@ fn block_elements(shape: &HeadShape) -> usize {
     PAGE_SLOTS * (shape.head_dim + shape.value_stride())
 }
 
-/// Writes slots of one layer from several threads.
-pub(crate) struct KvWriter<'a, E> {
+/// The pages of a layer, for threads that each own some key/value heads.
+pub(crate) struct Blocks<'a, E> {
     base: *mut E,
     cache: &'a KvCache,
     layer: usize,
 }
 
-// SAFETY: the pointer comes from an exclusive borrow of the cache that lives as long as the writer; the methods are
-// unsafe and demand that concurrent callers write different heads.
-unsafe impl<E: Element> Sync for KvWriter<'_, E> {}
+impl<E> Clone for Blocks<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
 
-impl<E: Element> KvWriter<'_, E> {
+impl<E> Copy for Blocks<'_, E> {}
+
+// SAFETY: the pointer comes from a borrow of the cache that lives as long as the blocks; the methods are unsafe and
+// demand that who writes a head is alone with it.
+unsafe impl<E: Element> Sync for Blocks<'_, E> {}
+
+impl<E: Element> Blocks<'_, E> {
+    /// Those of one layer.
+    pub(crate) fn of(self, layer: usize) -> Self {
+        Blocks { layer, ..self }
+    }
+
+    /// Keys and values of one page and head.
+    ///
+    /// # Safety
+    /// Nobody may write them while the slices are alive.
+    #[inline(always)]
+    pub(crate) unsafe fn read(&self, page: usize, kv_head: usize) -> (&[E], &[E]) {
+        let shape = &self.cache.shape;
+        let start = self.cache.block_start::<E>(self.layer, page, kv_head);
+        // SAFETY: the index checks of `block_start` keep the range inside the storage, which is aligned and initialised;
+        // any bit pattern is a valid f32 or bf16; the caller's promise.
+        let block = unsafe { std::slice::from_raw_parts(self.base.add(start), block_elements(shape)) };
+        block.split_at(shape.head_dim * PAGE_SLOTS)
+    }
+
     /// Writes the keys of slots from `slot` on: rows of `head_dim` elements, `stride` apart in `rows`.
     ///
     /// # Safety
-    /// No other thread may write keys of `kv_head` at the same time.
+    /// The blocks are those of [`KvCache::blocks_mut`]; no other thread may use keys of `kv_head` at the same time.
     #[inline(always)]
     pub(crate) unsafe fn keys(&self, page: usize, kv_head: usize, slot: usize, rows: &[f32], stride: usize) {
         let dims = self.cache.shape.head_dim;
@@ -282,10 +304,10 @@ impl<E: Element> KvWriter<'_, E> {
         }
     }
 
-    /// Writes the values of slots from `slot` on, as [`KvWriter::keys`] does keys.
+    /// Writes the values of slots from `slot` on, as [`Blocks::keys`] does keys.
     ///
     /// # Safety
-    /// No other thread may write values of `kv_head` at the same time.
+    /// As [`Blocks::keys`], for values.
     #[inline(always)]
     pub(crate) unsafe fn values(&self, page: usize, kv_head: usize, slot: usize, rows: &[f32], stride: usize) {
         let shape = &self.cache.shape;
@@ -329,7 +351,7 @@ mod tests {
         let shape = HeadShape { heads: 2, kv_heads: 2, head_dim: 8 };
         let mut cache = KvCache::new(2, &shape, 3, KvType::F32);
         let key: Vec<f32> = (0..8).map(|i| i as f32 + 1.0).collect();
-        let writer = cache.writer::<f32>(1);
+        let writer = cache.blocks_mut::<f32>().of(1);
         // SAFETY: one thread writes.
         unsafe {
             writer.keys(2, 1, 31, &key, 8);

@@ -11,6 +11,7 @@
 //! - [`kv`], [`rope`], [`attention`]: key/value pages and what reads them
 //! - [`experts`]: routers, and products of those rows that go to an expert
 //! - [`norm`], [`embed`], [`vocab`]: the rest of a step
+//! - [`layer`]: the halves of layers, all their operations as one
 //! - [`comm`]: sums and messages between the ranks of a group
 //! - [`roof`]: the most that a machine can do
 //! - [`file`]: mapped checkpoints
@@ -30,6 +31,7 @@ pub mod file;
 pub mod gemm;
 pub mod isa;
 pub mod kv;
+pub mod layer;
 mod lines;
 pub mod norm;
 pub mod pack;
@@ -47,6 +49,8 @@ pub use file::{Mapped, map_read_only};
 pub use gemm::Epilogue;
 pub use isa::{Isa, IsaError};
 pub use kv::{HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
+pub use layer::{AttentionWeights, FeedForwardWeights, Half, StepBuffers, StepRows};
+pub use norm::Norm;
 pub use pack::{PIECES, Packed, ProductShape, WeightType};
 pub use pool::Pool;
 pub use rope::{QkNorm, Rotary};

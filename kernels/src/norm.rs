@@ -10,6 +10,15 @@ const PARTIALS: usize = 16;
 /// Elements below which a task is not worth handing to another thread.
 pub(crate) const TASK_ELEMENTS: usize = 1 << 14;
 
+/// What rows are normalised with.
+#[derive(Clone, Debug)]
+pub struct Norm {
+    /// One per column.
+    pub weight: Vec<f32>,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
 impl Cpu {
     /// `out = x / sqrt(mean(x^2) + eps) * weight` per row of `weight.len()` elements.
     pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -33,7 +42,7 @@ impl Cpu {
 /// # Safety
 /// The ISA of `L` must be present.
 #[inline(always)]
-unsafe fn normalise<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(crate) unsafe fn normalise<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
         let scale = rms_scale(x, eps);
         for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {

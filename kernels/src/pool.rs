@@ -1,4 +1,7 @@
-//! Own thread pool: a step is many short parallel loops, so threads spin briefly before they park.
+//! Own thread pool: a step is many short parallel pieces, so threads spin briefly before they park.
+//!
+//! A piece of code runs on every thread as one member of a team. Members share out loops and meet where one needs what
+//! another made; a meeting is one line of memory going from core to core.
 
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -9,33 +12,36 @@ use std::thread::JoinHandle;
 /// Polls before a waiting thread, the caller included, parks (about 50 microseconds); none where threads exceed cores.
 const SPINS_MAX: u32 = 2_000;
 
-type Task<'a> = dyn Fn(usize) + Sync + 'a;
+type Part<'a> = dyn Fn(&Member<'_>) + Sync + 'a;
 
-/// Runs the iterations of a loop on several threads; the caller takes part.
+/// Runs pieces of code on several threads; the caller takes part.
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// One loop at a time.
+    /// One team at a time.
     turn: Mutex<()>,
 }
 
-/// What passes between threads for every loop, in one line of memory: a loop can be as short as its way there and back.
+/// Something that has a line of memory to itself: what one thread writes does not disturb who looks at the next.
 #[repr(align(64))]
-struct Handover {
-    /// The loop being run. Written by the caller before `generation` rises, read by workers after they saw it rise.
-    job: UnsafeCell<Job>,
+struct Line<T>(T);
+
+/// What wakes workers, all in one line: it goes to another core as one.
+struct Start {
+    /// Teams so far.
     generation: AtomicU64,
-    /// Workers that have not finished the present generation.
-    busy: AtomicUsize,
+    /// What the team runs. Written by the caller before `generation` rises, read by workers after they saw it rise.
+    part: UnsafeCell<Option<*const Part<'static>>>,
+    /// Parts that workers have finished, of all teams.
+    finished: AtomicU64,
 }
 
-/// The next iteration to take, beyond each thread's first. Apart from what waiting threads look at.
-#[repr(align(64))]
-struct Next(AtomicUsize);
-
 struct Shared {
-    handover: Handover,
-    next: Next,
+    start: Line<Start>,
+    /// Arrivals at the team's meetings, of all members.
+    arrived: Line<AtomicUsize>,
+    /// The next iteration to take of even and of odd loops, beyond each member's first.
+    next: Line<[AtomicUsize; 2]>,
     panicked: AtomicBool,
     stop: AtomicBool,
     /// Workers that park, or are about to.
@@ -43,30 +49,109 @@ struct Shared {
     sleeping: Mutex<()>,
     /// Tells parked workers of a new generation, or of the end.
     wake: Condvar,
-    /// Set while the caller parks until `busy` is zero.
+    /// Members parked at a meeting, or about to.
+    waiting: AtomicUsize,
+    /// Tells them that all are there, or that one never will be.
+    met: Condvar,
+    /// Set while the caller parks until all parts are finished.
     caller_parked: AtomicBool,
-    /// Tells the parked caller that `busy` is zero.
+    /// Tells the parked caller that they are.
     done: Condvar,
+    /// Members of a team; set before the first one.
+    threads: AtomicUsize,
     spins: u32,
 }
 
-#[derive(Clone, Copy)]
-struct Job {
-    task: Option<*const Task<'static>>,
-    tasks: usize,
-    /// That take part.
-    threads: usize,
-}
-
-// SAFETY: `job` is written only while no worker is busy and read only while the writer waits for `busy` to fall to
-// zero; the task it points to is `Sync` and outlives that wait. Everything else is atomic or locked.
+// SAFETY: `part` is written only while no worker is between the rise of `generation` and its own count in `finished`;
+// what it points to is `Sync` and outlives that time. Everything else is atomic or locked.
 unsafe impl Sync for Shared {}
 // SAFETY: as above.
 unsafe impl Send for Shared {}
 
 thread_local! {
-    /// Set while this thread runs an iteration: a loop inside a loop runs inline.
+    /// Set while this thread is in a team: a team inside a team is this thread alone.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// One thread of a team.
+pub(crate) struct Member<'a> {
+    /// `None` for a team of one.
+    shared: Option<&'a Shared>,
+    index: usize,
+    meetings: Cell<usize>,
+    loops: Cell<usize>,
+}
+
+impl<'a> Member<'a> {
+    fn new(shared: Option<&'a Shared>, index: usize) -> Self {
+        Member { shared, index, meetings: Cell::new(0), loops: Cell::new(0) }
+    }
+
+    /// This member's number; the caller's is 0.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Members of the team.
+    pub(crate) fn threads(&self) -> usize {
+        self.shared.map_or(1, Shared::threads)
+    }
+
+    /// This member's part of `0..count`, where parts are as even as can be.
+    pub(crate) fn share(&self, count: usize) -> std::ops::Range<usize> {
+        let begin = |index| count * index / self.threads();
+        begin(self.index)..begin(self.index + 1)
+    }
+
+    /// Returns when every member is here; each then sees what the others wrote before.
+    pub(crate) fn meet(&self) {
+        let Some(shared) = self.shared else { return };
+        self.meetings.set(self.meetings.get() + 1);
+        let all = self.meetings.get() * shared.threads();
+        // Who comes last counts itself, then looks for parked members; those do the reverse. In one order of all four at
+        // least one sees the other, and the lock keeps the notice until they wait for it.
+        if shared.arrived.0.fetch_add(1, Ordering::SeqCst) + 1 == all {
+            if shared.waiting.load(Ordering::SeqCst) > 0 {
+                drop(lock(&shared.sleeping));
+                shared.met.notify_all();
+            }
+            return;
+        }
+        let missing = || shared.arrived.0.load(Ordering::SeqCst) < all && !shared.panicked.load(Ordering::Relaxed);
+        let mut polls = 0;
+        while polls < shared.spins && missing() {
+            std::hint::spin_loop();
+            polls += 1;
+        }
+        if missing() {
+            let mut sleeping = lock(&shared.sleeping);
+            shared.waiting.fetch_add(1, Ordering::SeqCst);
+            while missing() {
+                sleeping = shared.met.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
+            }
+            shared.waiting.fetch_sub(1, Ordering::SeqCst);
+        }
+        assert!(!shared.panicked.load(Ordering::Relaxed), "another thread of the team panicked");
+    }
+
+    /// Takes iterations of a loop that all members share out: its own first, then whichever is next. Members have to
+    /// meet before their next loop.
+    pub(crate) fn each(&self, tasks: usize, mut task: impl FnMut(usize)) {
+        let Some(shared) = self.shared else { return (0..tasks).for_each(task) };
+        let number = self.loops.replace(self.loops.get() + 1);
+        if self.index == 0 {
+            // Nobody is in the loop before this one, nor yet in the one after it.
+            shared.next.0[(number + 1) % 2].store(shared.threads(), Ordering::Relaxed);
+        }
+        let mut i = self.index;
+        while i < tasks {
+            task(i);
+            if tasks <= shared.threads() {
+                return;
+            }
+            i = shared.next.0[number % 2].fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Pool {
@@ -74,61 +159,80 @@ impl Pool {
     pub fn new(threads: usize) -> Pool {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let shared = Arc::new(Shared {
-            handover: Handover {
-                job: UnsafeCell::new(Job { task: None, tasks: 0, threads: 0 }),
+            start: Line(Start {
                 generation: AtomicU64::new(0),
-                busy: AtomicUsize::new(0),
-            },
-            next: Next(AtomicUsize::new(0)),
+                part: UnsafeCell::new(None),
+                finished: AtomicU64::new(0),
+            }),
+            arrived: Line(AtomicUsize::new(0)),
+            next: Line([AtomicUsize::new(0), AtomicUsize::new(0)]),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             sleepers: AtomicUsize::new(0),
             sleeping: Mutex::new(()),
             wake: Condvar::new(),
+            waiting: AtomicUsize::new(0),
+            met: Condvar::new(),
             caller_parked: AtomicBool::new(false),
             done: Condvar::new(),
+            threads: AtomicUsize::new(1),
             spins: if threads <= cores { SPINS_MAX } else { 0 },
         });
-        let workers = (1..threads)
+        let workers: Vec<_> = (1..threads)
             .map_while(|i| {
                 let shared = Arc::clone(&shared);
                 std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || shared.work(i)).ok()
             })
             .collect();
+        shared.threads.store(workers.len() + 1, Ordering::Relaxed);
         Pool { shared, workers, turn: Mutex::new(()) }
     }
 
     /// Threads that take part in a loop, the caller's included.
     pub fn threads(&self) -> usize {
-        self.workers.len() + 1
+        self.shared.threads()
     }
 
     /// Calls `task(i)` for each `i` in `0..tasks`; returns when all calls have returned. No allocation.
     ///
     /// From within a task, or without workers, it runs inline. A panic in a task is resumed here.
-    pub fn run(&self, tasks: usize, task: &Task<'_>) {
-        if tasks <= 1 || self.workers.is_empty() || INSIDE.get() {
-            (0..tasks).for_each(task);
-            return;
+    pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        if tasks <= 1 {
+            return (0..tasks).for_each(task);
+        }
+        self.team(&|member| member.each(tasks, task));
+    }
+
+    /// Calls `part` once on every thread; returns when all calls have returned. No allocation. All members must come to
+    /// the same meetings and loops.
+    ///
+    /// From within a part, or without workers, the caller is a team of one. A panic in a part is resumed here.
+    pub(crate) fn team(&self, part: &Part<'_>) {
+        if self.workers.is_empty() || INSIDE.get() {
+            return part(&Member::new(None, 0));
         }
         let turn = lock(&self.turn);
         let shared = &*self.shared;
-        // SAFETY: the lifetime is erased only until the wait below: no worker reads the task after `busy` is zero.
-        let task: *const Task<'static> = unsafe { std::mem::transmute::<&Task<'_>, &Task<'static>>(task) };
-        // SAFETY: `busy` is zero, so no worker reads `job`, and `turn` keeps other callers out.
-        unsafe { *shared.handover.job.get() = Job { task: Some(task), tasks, threads: self.threads() } };
-        shared.next.0.store(self.threads(), Ordering::Relaxed);
-        shared.handover.busy.store(self.workers.len(), Ordering::Relaxed);
-        shared.handover.generation.fetch_add(1, Ordering::SeqCst);
+        let generation = shared.start.0.generation.load(Ordering::Relaxed) + 1;
+        shared.arrived.0.store(0, Ordering::Relaxed);
+        shared.next.0[0].store(shared.threads(), Ordering::Relaxed);
+        // SAFETY: the lifetime is erased only until the wait below: no worker reads the part after it has finished.
+        let erased: *const Part<'static> = unsafe { std::mem::transmute::<&Part<'_>, &Part<'static>>(part) };
+        // SAFETY: every worker has finished the part before, and `turn` keeps other callers out.
+        unsafe { *shared.start.0.part.get() = Some(erased) };
+        shared.start.0.generation.swap(generation, Ordering::SeqCst);
         // A worker counts itself among the sleepers, then looks at `generation`; here it is the reverse. In one order of
         // all four at least one sees the other, and the lock keeps the notice until the worker waits for it.
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             drop(lock(&shared.sleeping));
             shared.wake.notify_all();
         }
-        let caught = catch_unwind(AssertUnwindSafe(|| shared.take_iterations(0)));
-        shared.wait_for_workers();
-        let panicked = shared.panicked.swap(false, Ordering::Relaxed);
+        let caught = shared.take_part(part, 0);
+        shared.wait_for_workers(generation * self.workers.len() as u64);
+        let panicked = shared.panicked.load(Ordering::Relaxed);
+        if panicked {
+            shared.panicked.store(false, Ordering::Relaxed);
+        }
         drop(turn);
         match caught {
             Err(panic) => resume_unwind(panic),
@@ -138,44 +242,47 @@ impl Pool {
 }
 
 impl Shared {
-    /// Takes iterations of the present loop until none is left: the one of thread `own` first, then whichever is next.
-    fn take_iterations(&self, own: usize) {
-        // SAFETY: called between the rise of `generation` and the fall of `busy`, while `job` is not written.
-        let Job { task, tasks, threads } = unsafe { *self.handover.job.get() };
-        let Some(task) = task else { return };
-        // SAFETY: the caller of `run` keeps the task alive until `busy` is zero.
-        let task = unsafe { &*task };
-        let _inside = Inside::enter();
-        let mut i = own;
-        while i < tasks {
-            task(i);
-            if tasks <= threads {
-                return;
-            }
-            i = self.next.0.fetch_add(1, Ordering::Relaxed);
-        }
+    fn threads(&self) -> usize {
+        self.threads.load(Ordering::Relaxed)
     }
 
-    fn work(&self, own: usize) {
+    fn take_part(&self, part: &Part<'_>, index: usize) -> std::thread::Result<()> {
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            let _inside = Inside::enter();
+            part(&Member::new(Some(self), index));
+        }));
+        if caught.is_err() {
+            let _sleeping = lock(&self.sleeping);
+            self.panicked.store(true, Ordering::Relaxed);
+            self.met.notify_all();
+        }
+        caught
+    }
+
+    fn work(&self, index: usize) {
         let mut seen = 0;
         while let Some(generation) = self.wait(seen) {
             seen = generation;
-            if catch_unwind(AssertUnwindSafe(|| self.take_iterations(own))).is_err() {
-                self.panicked.store(true, Ordering::Relaxed);
+            // SAFETY: between the rise of `generation` and the count below `part` is not written, and the caller of
+            // `team` keeps what it points to alive.
+            let part = unsafe { (*self.start.0.part.get()).map(|part| &*part) };
+            if let Some(part) = part {
+                let _ = self.take_part(part, index);
             }
-            // The last worker lowers `busy`, then looks at `caller_parked`; the caller does the reverse. In one order
-            // of all four at least one sees the other, and the lock keeps the notice until the caller waits for it.
-            if self.handover.busy.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_parked.load(Ordering::SeqCst) {
+            // A worker raises `finished`, then looks at `caller_parked`; the caller does the reverse. In one order of
+            // all four at least one sees the other, and the lock keeps the notice until the caller waits for it.
+            self.start.0.finished.fetch_add(1, Ordering::SeqCst);
+            if self.caller_parked.load(Ordering::SeqCst) {
                 drop(lock(&self.sleeping));
                 self.done.notify_one();
             }
         }
     }
 
-    /// Returns when every worker has finished the present generation.
-    fn wait_for_workers(&self) {
+    /// Returns when workers have finished `parts` parts in all.
+    fn wait_for_workers(&self, parts: u64) {
         for _ in 0..self.spins {
-            if self.handover.busy.load(Ordering::Acquire) == 0 {
+            if self.start.0.finished.load(Ordering::Acquire) >= parts {
                 return;
             }
             std::hint::spin_loop();
@@ -183,7 +290,7 @@ impl Shared {
         let mut sleeping = lock(&self.sleeping);
         // A swap where a store would do: emulators of Arm are known to let a later load pass a store.
         self.caller_parked.swap(true, Ordering::SeqCst);
-        while self.handover.busy.load(Ordering::SeqCst) > 0 {
+        while self.start.0.finished.load(Ordering::SeqCst) < parts {
             sleeping = self.done.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
         }
         self.caller_parked.store(false, Ordering::SeqCst);
@@ -192,7 +299,7 @@ impl Shared {
     /// The next generation after `seen`, or `None` when the pool stops.
     fn wait(&self, seen: u64) -> Option<u64> {
         for _ in 0..self.spins {
-            let now = self.handover.generation.load(Ordering::Acquire);
+            let now = self.start.0.generation.load(Ordering::Acquire);
             if now != seen {
                 return Some(now);
             }
@@ -204,7 +311,7 @@ impl Shared {
         let mut sleeping = lock(&self.sleeping);
         self.sleepers.fetch_add(1, Ordering::SeqCst);
         loop {
-            let now = self.handover.generation.load(Ordering::SeqCst);
+            let now = self.start.0.generation.load(Ordering::SeqCst);
             if now != seen || self.stop.load(Ordering::Relaxed) {
                 self.sleepers.fetch_sub(1, Ordering::SeqCst);
                 return (now != seen).then_some(now);
@@ -300,6 +407,44 @@ mod tests {
             }
             assert_eq!(total.into_inner(), 50 * threads);
         }
+    }
+
+    /// What one member writes before a meeting, the others read after it; loops between meetings take every iteration once.
+    #[test]
+    fn members_meet_and_share_out_loops() {
+        for threads in 1..=4 {
+            let pool = Pool::new(threads);
+            let places: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+            let total = AtomicUsize::new(0);
+            for _ in 0..20 {
+                pool.team(&|member| {
+                    assert_eq!(member.threads(), threads);
+                    for round in 1..=50 {
+                        places[member.index()].store(round, Ordering::Relaxed);
+                        member.meet();
+                        assert!(places.iter().all(|place| place.load(Ordering::Relaxed) == round));
+                        member.each(round % 11, |_| _ = total.fetch_add(1, Ordering::Relaxed));
+                        member.meet();
+                    }
+                });
+            }
+            assert_eq!(total.into_inner(), 20 * (0..=50).map(|round| round % 11).sum::<usize>());
+        }
+    }
+
+    #[test]
+    fn a_panic_before_a_meeting_ends_the_team() {
+        let pool = Pool::new(3);
+        for who in 0..3 {
+            let ended = catch_unwind(AssertUnwindSafe(|| {
+                pool.team(&|member| {
+                    assert!(member.index() != who, "one of three");
+                    member.meet();
+                });
+            }));
+            assert!(ended.is_err());
+        }
+        pool.team(&|member| member.meet());
     }
 
     #[test]

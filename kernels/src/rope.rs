@@ -4,9 +4,10 @@ use half::bf16;
 use std::sync::OnceLock;
 
 use crate::Cpu;
-use crate::kv::{Element, HeadShape, KvCache, KvType, KvWriter, PAGE_SLOTS, Row, RowTable};
+use crate::kv::{Blocks, Element, HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
 use crate::lanes::Lanes;
-use crate::norm::{TASK_ELEMENTS, rms_scale};
+use crate::norm::rms_scale;
+use crate::pool::Member;
 use crate::rows::RowsMut;
 
 /// Positions of one stretch of the tables.
@@ -53,6 +54,16 @@ impl Rotary {
         self.positions
     }
 
+    pub(crate) fn check(&self, shape: &HeadShape, norms: Option<&QkNorm<'_>>, rows: &RowTable<'_>) {
+        assert_eq!(self.head_dim, shape.head_dim, "the rotary tables are for another head width");
+        let covered = rows.rows.iter().all(|row| (row.position as usize) < self.positions);
+        assert!(covered, "a position is outside the {} of the rotary tables", self.positions);
+        if let Some(norms) = norms {
+            let fits = norms.q.len() == shape.head_dim && norms.k.len() == shape.head_dim;
+            assert!(fits, "query and key norms must hold {} weights", shape.head_dim);
+        }
+    }
+
     #[inline(always)]
     fn rotate(&self, head: &mut [f32], position: usize) {
         let table = self.stretch(position / STRETCH);
@@ -77,14 +88,14 @@ pub struct QkNorm<'a> {
     pub eps: f32,
 }
 
-/// What every task of one call shares.
-struct Append<'a, E> {
-    qkv: RowsMut<'a, f32>,
-    shape: HeadShape,
-    rotary: &'a Rotary,
-    norms: Option<QkNorm<'a>>,
-    rows: &'a RowTable<'a>,
-    writer: KvWriter<'a, E>,
+/// What the members of a team share.
+pub(crate) struct Append<'a, E> {
+    pub(crate) qkv: &'a RowsMut<'a, f32>,
+    pub(crate) shape: HeadShape,
+    pub(crate) rotary: &'a Rotary,
+    pub(crate) norms: Option<QkNorm<'a>>,
+    pub(crate) rows: RowTable<'a>,
+    pub(crate) kv: Blocks<'a, E>,
 }
 
 impl Cpu {
@@ -102,39 +113,45 @@ impl Cpu {
         layer: usize,
         kv: &mut KvCache,
     ) {
-        shape.check();
         kv.check(shape, layer);
         rows.check(kv.pages());
         assert_eq!(qkv.len(), rows.rows.len() * shape.qkv_width(), "qkv must hold one row per entry of the table");
-        assert_eq!(rotary.head_dim, shape.head_dim, "the rotary tables are for another head width");
-        let covered = rows.rows.iter().all(|row| (row.position as usize) < rotary.positions);
-        assert!(covered, "a position is outside the {} of the rotary tables", rotary.positions);
-        if let Some(norms) = &norms {
-            let fits = norms.q.len() == shape.head_dim && norms.k.len() == shape.head_dim;
-            assert!(fits, "query and key norms must hold {} weights", shape.head_dim);
-        }
-        let qkv = RowsMut::new(qkv);
-        let shape = *shape;
+        rotary.check(shape, norms.as_ref(), rows);
+        let (qkv, shape, rows) = (&RowsMut::new(qkv), *shape, *rows);
+        // SAFETY: the team does nothing else.
         match kv.dtype() {
             KvType::F32 => {
-                self.append(&Append { qkv, shape, rotary, norms, rows, writer: kv.writer::<f32>(layer) });
+                let job = Append { qkv, shape, rotary, norms, rows, kv: kv.blocks_mut::<f32>().of(layer) };
+                self.pool().team(&|member| unsafe { self.append(member, &job) });
             }
             KvType::Bf16 => {
-                self.append(&Append { qkv, shape, rotary, norms, rows, writer: kv.writer::<bf16>(layer) });
+                let job = Append { qkv, shape, rotary, norms, rows, kv: kv.blocks_mut::<bf16>().of(layer) };
+                self.pool().team(&|member| unsafe { self.append(member, &job) });
             }
         }
     }
 
-    fn append<E: Element>(&self, job: &Append<'_, E>) {
-        // A task is a run of head columns over all rows: tasks own whole heads of the cache, whatever the rows are.
+    /// This member's columns of heads, of all rows: every member of the team calls this.
+    ///
+    /// # Safety
+    /// Nobody else uses `qkv`, nor the cache's slots of the rows, before the members have met.
+    pub(crate) unsafe fn append<E: Element>(&self, member: &Member<'_>, job: &Append<'_, E>) {
         let columns = job.shape.heads + 2 * job.shape.kv_heads;
-        let per_task = TASK_ELEMENTS.div_ceil(job.rows.rows.len().max(1) * job.shape.head_dim);
-        self.pool().run(columns.div_ceil(per_task), &|task| {
-            for column in task * per_task..columns.min((task + 1) * per_task) {
-                // Each column belongs to one task.
-                dispatch!(self.isa(), append_column(job, column));
-            }
-        });
+        for column in (member.index()..columns).step_by(member.threads()) {
+            dispatch!(self.isa(), append_column(job, column));
+        }
+    }
+
+    /// The columns of one key/value head and of its queries.
+    ///
+    /// # Safety
+    /// Nobody else uses these columns, nor the head's slots of the rows, at the same time.
+    pub(crate) unsafe fn append_head<E: Element>(&self, job: &Append<'_, E>, kv_head: usize) {
+        let HeadShape { heads, kv_heads, .. } = job.shape;
+        let queries = kv_head * job.shape.group()..(kv_head + 1) * job.shape.group();
+        for column in queries.chain([heads + kv_head, heads + kv_heads + kv_head]) {
+            dispatch!(self.isa(), append_column(job, column));
+        }
     }
 }
 
@@ -176,9 +193,9 @@ unsafe fn append_column<L: Lanes>(job: &Append<'_, impl Element>, column: usize)
         unsafe {
             let run = job.qkv.range(first * width + column * dims, (count - 1) * width + dims);
             if column >= first_value {
-                job.writer.values(page, column - first_value, slot, run, width);
+                job.kv.values(page, column - first_value, slot, run, width);
             } else {
-                job.writer.keys(page, column - first_key, slot, run, width);
+                job.kv.keys(page, column - first_key, slot, run, width);
             }
         }
         first += count;

@@ -17,6 +17,11 @@ impl<'a, T> RowsMut<'a, T> {
         RowsMut { data: data.as_mut_ptr(), len: data.len(), borrow: PhantomData }
     }
 
+    /// For what is only read: of such a buffer only [`RowsMut::view`] may be asked.
+    pub(crate) fn reading(data: &'a [T]) -> Self {
+        RowsMut { data: data.as_ptr().cast_mut(), len: data.len(), borrow: PhantomData }
+    }
+
     /// # Safety
     /// Ranges that are alive at the same time must not overlap.
     #[inline(always)]
@@ -25,5 +30,14 @@ impl<'a, T> RowsMut<'a, T> {
         assert!(start <= self.len && len <= self.len - start);
         // SAFETY: inside the borrowed slice; the caller keeps ranges disjoint.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
+    }
+
+    /// # Safety
+    /// Nobody may write any of it while the slice is alive.
+    #[inline(always)]
+    pub(crate) unsafe fn view(&self, start: usize, len: usize) -> &[T] {
+        assert!(start <= self.len && len <= self.len - start);
+        // SAFETY: inside the borrowed slice; the caller keeps writers away.
+        unsafe { std::slice::from_raw_parts(self.data.add(start), len) }
     }
 }

@@ -199,23 +199,27 @@ impl Cpu {
             partials.resize(partials.len().max(rows * tiles), Partial::EMPTY);
             let partials = &mut partials[..rows * tiles];
             let shared = RowsMut::new(partials);
-            self.with_input(hidden, head, |input| {
-                // Neighbouring tasks share a tile of weights.
-                self.pool().run(tiles * groups, &|task| {
-                    let (tile, first) = (task / groups, task % groups * ROWS);
-                    let (from, to) = (tile * TILE, ids.len().min((tile + 1) * TILE));
-                    let group = first..rows.min(first + ROWS);
-                    let tile_bans = TileBans::new(bans, ids.start + from, ids.start + to);
-                    LOGITS.with_borrow_mut(|logits| {
-                        logits.resize(ROWS * TILE, 0.0);
-                        let logits = &mut logits[..group.len() * (to - from)];
-                        self.gemm_columns(input, group.clone(), head, (from, to), logits);
-                        for (row, logits) in group.zip(logits.chunks_exact(to - from)) {
-                            let first = (ids.start + from) as u32;
-                            let partial = reduce_tile(self.isa(), logits, first, &tile_bans, &draws[row]);
-                            // SAFETY: each row and tile belongs to one task.
-                            unsafe { shared.range(row * tiles + tile, 1)[0] = partial };
-                        }
+            self.with_desk(rows, [(head, false)], |desk| {
+                self.pool().team(&|member| {
+                    // SAFETY: nobody writes `hidden`, and nothing was on the desk before.
+                    let input = unsafe { self.input(member, desk, hidden, None, head) };
+                    // Neighbouring tasks share a tile of weights.
+                    member.each(tiles * groups, |task| {
+                        let (tile, first) = (task / groups, task % groups * ROWS);
+                        let (from, to) = (tile * TILE, ids.len().min((tile + 1) * TILE));
+                        let group = first..rows.min(first + ROWS);
+                        let tile_bans = TileBans::new(bans, ids.start + from, ids.start + to);
+                        LOGITS.with_borrow_mut(|logits| {
+                            logits.resize(ROWS * TILE, 0.0);
+                            let logits = &mut logits[..group.len() * (to - from)];
+                            self.gemm_columns(input, group.clone(), head, (from, to), logits);
+                            for (row, logits) in group.zip(logits.chunks_exact(to - from)) {
+                                let first = (ids.start + from) as u32;
+                                let partial = reduce_tile(self.isa(), logits, first, &tile_bans, &draws[row]);
+                                // SAFETY: each row and tile belongs to one task.
+                                unsafe { shared.range(row * tiles + tile, 1)[0] = partial };
+                            }
+                        });
                     });
                 });
             });

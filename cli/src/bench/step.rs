@@ -75,7 +75,7 @@ pub struct Measured {
     rows_per_s: f64,
     /// Floor over measured time.
     fraction_of_roof: f64,
-    /// Of a step, outside its operations (microseconds, median).
+    /// Of a watched step, outside its operations (microseconds, median).
     overhead_us: f64,
     operations: Vec<Part>,
     memory: Memory,
@@ -130,8 +130,7 @@ pub fn run(args: &StepArgs) -> anyhow::Result<ExitCode> {
         let mut scene = Scene::new(&model, *args.rows.iter().max().unwrap_or(&1), args.context);
         scene.check()?;
         for &rows in &args.rows {
-            let (roof, (times, operations)) =
-                meter.beside(&roof, model.weight_bytes(), || scene.measure(rows as usize));
+            let (roof, times) = meter.beside(&roof, model.weight_bytes(), || scene.measure(rows as usize));
             let memory = Memory {
                 packed_weights_bytes: model.weight_bytes(),
                 kv_bytes: scene.kv.bytes(),
@@ -140,7 +139,7 @@ pub fn run(args: &StepArgs) -> anyhow::Result<ExitCode> {
             };
             let floors =
                 floors(model.config(), model.weight_bytes(), &roof, dtype, rows as usize, args.context as usize);
-            all.push(report(args, &model, &machine, &roof, rows, (&times, &operations), &floors, memory));
+            all.push(report(args, &model, &machine, &roof, rows, &times, &floors, memory));
         }
     }
     let text = if args.json { format!("{}\n", serde_json::to_string_pretty(&all)?) } else { table(&all) };
@@ -157,10 +156,19 @@ pub(super) struct Scene<'a> {
     context: u32,
 }
 
-/// When operations ended.
+/// When operations ended, of a step whose operations are watched.
 struct Clock {
+    watches: bool,
     last: Instant,
     spent: BTreeMap<Operation, Duration>,
+}
+
+/// Times of steps.
+pub(super) struct Times {
+    /// Of whole steps (milliseconds).
+    pub(super) steps: Vec<f64>,
+    /// Of other steps whose operations were watched, which takes a little longer: all of it (milliseconds), and its parts.
+    watched: Vec<(f64, BTreeMap<Operation, Duration>)>,
 }
 
 impl Link for Clock {
@@ -170,7 +178,14 @@ impl Link for Clock {
         Ok(())
     }
 
+    fn watches(&self) -> bool {
+        self.watches
+    }
+
     fn after(&mut self, operation: Operation) {
+        if !self.watches {
+            return;
+        }
         let now = Instant::now();
         *self.spent.entry(operation).or_default() += now - self.last;
         self.last = now;
@@ -191,8 +206,8 @@ impl<'a> Scene<'a> {
         }
     }
 
-    /// One step of `rows` rows, all of them scored; the time outside operations is left on the clock.
-    fn step(&mut self, rows: usize, records: &mut Vec<Record>) -> Clock {
+    /// One step of `rows` rows, all of them scored.
+    fn step(&mut self, rows: usize, records: &mut Vec<Record>, watches: bool) -> Clock {
         let config = self.model.config();
         let blocks = (0..rows).map(|row| (row / BLOCK, row % BLOCK));
         let ids: Vec<u32> = (0..rows as u32).map(|row| (row * 7919 + 13) % config.vocab_rows).collect();
@@ -208,7 +223,7 @@ impl<'a> Scene<'a> {
             (Bans { vocab: config.vocab_rows as usize, ..Bans::default() }, vec![Draw::default(); rows]);
         records.resize(rows, Record::default());
         let rows = RowTable { rows: &table, tables: &tables };
-        let mut clock = Clock { last: Instant::now(), spent: BTreeMap::new() };
+        let mut clock = Clock { watches, last: Instant::now(), spent: BTreeMap::new() };
         match self.model.pass(&ids, &rows, &outputs, &mut self.kv, &mut self.scratch, &mut clock) {
             Ok(()) => {}
             Err(never) => match never {},
@@ -223,25 +238,28 @@ impl<'a> Scene<'a> {
         let (mut alone, mut together) = (Vec::new(), Vec::new());
         let all = self.tables.len() * BLOCK;
         let rows = BLOCK.min(self.scratch.rows_max());
-        self.step(rows, &mut alone);
-        self.step(all.min(self.scratch.rows_max()), &mut together);
+        self.step(rows, &mut alone, false);
+        self.step(all.min(self.scratch.rows_max()), &mut together, true);
         ensure!(alone[..rows] == together[..rows], "records depend on the other rows of a step: not measured");
         ensure!(alone.iter().all(|record| record.max.is_finite()), "logits are not finite: not measured");
         Ok(())
     }
 
-    /// Times of steps (milliseconds), and of their operations.
-    pub(super) fn measure(&mut self, rows: usize) -> (Vec<f64>, Vec<BTreeMap<Operation, Duration>>) {
+    /// Times of steps of `rows` rows.
+    pub(super) fn measure(&mut self, rows: usize) -> Times {
         let mut records = Vec::new();
-        self.step(rows, &mut records);
-        let (begun, mut times, mut spent) = (Instant::now(), Vec::new(), Vec::new());
-        while times.len() < STEPS_MIN || (begun.elapsed() < TIME && times.len() < STEPS_MAX) {
+        self.step(rows, &mut records, false);
+        let (begun, mut times) = (Instant::now(), Times { steps: Vec::new(), watched: Vec::new() });
+        let mut timed = |watches| {
             let start = Instant::now();
-            let clock = self.step(rows, &mut records);
-            times.push(start.elapsed().as_secs_f64() * 1e3);
-            spent.push(clock.spent);
+            let clock = self.step(rows, &mut records, watches);
+            (start.elapsed().as_secs_f64() * 1e3, clock.spent)
+        };
+        while times.steps.len() < STEPS_MIN || (begun.elapsed() < TIME && times.steps.len() < STEPS_MAX) {
+            times.steps.push(timed(false).0);
+            times.watched.push(timed(true));
         }
-        (times, spent)
+        times
     }
 }
 
@@ -266,12 +284,14 @@ pub(super) fn floors(
     let scores = 4 * heads.out_width() * rows * (context + BLOCK.min(rows));
     let layers = f64::from(config.layers);
     BTreeMap::from([
-        (Operation::Qkv, product(heads.qkv_width(), hidden, config.layers)),
-        (Operation::Out, product(hidden, heads.out_width(), config.layers)),
-        (Operation::GateUp, product(2 * ffn, hidden, config.layers)),
-        (Operation::Down, product(hidden, ffn, config.layers)),
+        (
+            Operation::Attention,
+            product(heads.qkv_width(), hidden, config.layers)
+                + at_least(layers * kept as f64, layers * scores as f64, roof.f32_gflops)
+                + product(hidden, heads.out_width(), config.layers),
+        ),
+        (Operation::FeedForward, product(2 * ffn, hidden, config.layers) + product(hidden, ffn, config.layers)),
         (Operation::Head, product(config.vocab_rows as usize, hidden, 1)),
-        (Operation::Attention, at_least(layers * kept as f64, layers * scores as f64, roof.f32_gflops)),
     ])
 }
 
@@ -282,22 +302,24 @@ fn report(
     machine: &Machine,
     roof: &Roof,
     rows: u32,
-    (times, operations): (&[f64], &[BTreeMap<Operation, Duration>]),
+    times: &Times,
     floors: &BTreeMap<Operation, f64>,
     memory: Memory,
 ) -> Measured {
     let per_second = |ms: f64| f64::from(rows) * 1e3 / ms;
-    let kinds: Vec<Operation> = operations.first().into_iter().flat_map(|spent| spent.keys().copied()).collect();
+    let Times { steps: times, watched } = times;
+    let kinds: Vec<Operation> = watched.first().into_iter().flat_map(|(_, spent)| spent.keys().copied()).collect();
     let parts = kinds.into_iter().map(|kind| {
-        let ms = median(operations.iter().filter_map(|spent| spent.get(&kind)).map(|t| t.as_secs_f64() * 1e3));
+        let spent = watched.iter().filter_map(|(_, spent)| spent.get(&kind));
+        let ms = median(spent.map(|time| time.as_secs_f64() * 1e3));
         let floor_ms = floors.get(&kind).copied().unwrap_or(0.0);
         let (rows_per_s, fraction_of_roof) = (per_second(ms), floor_ms / ms);
         Part { operation: kind.name(), ms, floor_ms, rows_per_s, fraction_of_roof }
     });
-    let overhead = times
-        .iter()
-        .zip(operations)
-        .map(|(ms, spent)| (ms - spent.values().map(|time| time.as_secs_f64() * 1e3).sum::<f64>()) * 1e3);
+    let outside = |(ms, spent): &(f64, BTreeMap<_, Duration>)| {
+        ms * 1e3 - spent.values().map(|t| t.as_secs_f64() * 1e6).sum::<f64>()
+    };
+    let overhead = watched.iter().map(outside);
     let (ms, floor_ms) = (median(times.iter().copied()), floors.values().sum::<f64>());
     Measured {
         shape: args.shape.name().into(),

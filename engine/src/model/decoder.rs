@@ -1,8 +1,8 @@
 //! The decoder of Llama-, Qwen2- and Qwen3-like models: RMSNorm, rotary attention, SwiGLU (Touvron et al. 2023).
 
-use super::ffn::FfnScratch;
+use super::ffn::{FfnScratch, add_of_ranks};
 use super::link::{Alone, Link, Operation};
-use super::loader::{Embedding, Layer, Loader, Share, Source};
+use super::loader::{Embedding, Loader, Share, Source, Stage};
 use super::weights::Weights;
 use super::{LoadError, ModelConfig, Overrides, TensorInfo};
 use crate::request::BLOCK_SIZE_MAX;
@@ -11,8 +11,8 @@ use sha2::Digest;
 use std::path::Path;
 use std::sync::Arc;
 use unmask_kernels::{
-    Bans, Cpu, Draw, Epilogue, HeadShape, Isa, KvCache, KvType, Packed, Partial, QkNorm, Record, Rotary, RowTable,
-    VocabShard, WeightType,
+    Bans, Cpu, Draw, Half, HeadShape, Isa, KvCache, KvType, Norm, Packed, Partial, Record, Rotary, RowTable,
+    StepBuffers, StepRows, VocabShard, WeightType,
 };
 
 /// Rises when a kernel's bits change: part of the numerics id.
@@ -69,8 +69,8 @@ pub struct Model {
     kv_type: KvType,
     dtype: WeightType,
     embedding: Embedding,
-    layers: Vec<Layer>,
-    norm: Vec<f32>,
+    stages: Vec<Stage>,
+    norm: Norm,
     /// The rank's rows of the vocabulary.
     head: Option<Packed>,
     pub(super) vocab: VocabShard,
@@ -153,15 +153,11 @@ impl Model {
         let positions = (config.context_length + BLOCK_SIZE_MAX) as usize;
         let rotary = Rotary::new(config.heads.head_dim, config.rotary_dim as usize, config.rope_theta, positions);
         Ok(Model {
-            layers: (0..config.layers)
-                .map(|layer| {
-                    let packed = loader.layer(layer);
-                    if let Some(Progress(hear)) = &options.progress {
-                        hear(layer + 1, config.layers);
-                    }
-                    packed
-                })
-                .collect(),
+            stages: loader.stages(|done| {
+                if let Some(Progress(hear)) = &options.progress {
+                    hear(done, config.layers);
+                }
+            }),
             embedding: loader.embedding(),
             norm: loader.norm(),
             head: loader.head(),
@@ -248,7 +244,7 @@ impl Model {
 
     /// Bytes of the packed weights.
     pub fn weight_bytes(&self) -> usize {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.out].into_iter().chain(l.ffn.products()));
+        let layers = self.stages.iter().flat_map(Stage::products);
         let table = if let Embedding::Table(table) = &self.embedding { table.bytes() } else { 0 };
         layers.chain(&self.head).map(Packed::bytes).sum::<usize>() + table
     }
@@ -299,27 +295,29 @@ impl Model {
         assert!(count <= scratch.rows_max && rows.rows.len() == count, "a pass must fit its buffers");
         let within = outputs.last().is_none_or(|&row| (row as usize) < count);
         assert!(within && outputs.is_sorted_by(|a, b| a < b), "outputs must be rows of the pass, ascending");
-        let (hidden, eps) = (self.config.hidden as usize, self.config.rms_eps);
+        let hidden = self.config.hidden as usize;
         self.embed(ids, &mut scratch.stream[..count * hidden], link)?;
         // Rows that still matter: past the last attention only those of the outputs.
         let mut count = count;
-        for (index, layer) in self.layers.iter().enumerate() {
-            self.attend(index, rows, kv, scratch, link);
-            let Scratch { stream, normed, mixed, ffn, .. } = scratch;
-            if index + 1 == self.layers.len() {
-                keep_rows(stream, hidden, outputs);
-                keep_rows(mixed, self.heads.out_width(), outputs);
-                count = outputs.len();
+        let rows = StepRows { shape: self.heads, rotary: &self.rotary, table: *rows, outputs };
+        for stage in &self.stages {
+            match stage {
+                Stage::Halves(halves) => {
+                    let apart = self.vocab.ranks > 1 || link.watches();
+                    for halves in halves.chunks(if apart { 1 } else { halves.len() }) {
+                        count = self.add_halves(halves, &rows, count, kv, scratch, link)?;
+                    }
+                }
+                Stage::Experts(experts) => {
+                    let Scratch { stream, normed, ffn, .. } = scratch;
+                    let (stream, normed) = (&mut stream[..count * hidden], &mut normed[..count * hidden]);
+                    self.add_routed(experts, normed, stream, ffn, link)?;
+                }
             }
-            let (stream, normed) = (&mut stream[..count * hidden], &mut normed[..count * hidden]);
-            let mixed = &mixed[..count * self.heads.out_width()];
-            self.add_product(mixed, &layer.out, stream, &mut ffn.partial, link, Operation::Out)?;
-            self.cpu.rms_norm(stream, &layer.ffn_norm, eps, normed);
-            link.after(Operation::Norm);
-            self.feed_forward(&layer.ffn, normed, stream, ffn, link)?;
         }
         let Scratch { stream, normed, .. } = scratch;
-        self.cpu.rms_norm(&stream[..count * hidden], &self.norm, eps, &mut normed[..count * hidden]);
+        let (x, out) = (&stream[..count * hidden], &mut normed[..count * hidden]);
+        self.cpu.rms_norm(x, &self.norm.weight, self.norm.eps, out);
         link.after(Operation::Norm);
         scratch.outputs = outputs.len();
         Ok(())
@@ -340,54 +338,30 @@ impl Model {
         Ok(())
     }
 
-    /// Attention of one layer: from the residual stream to the heads' mixed values, through the cache.
-    fn attend<L: Link>(
+    /// Adds what halves of layers make of `count` rows; returns how many rows are left.
+    fn add_halves<L: Link>(
         &self,
-        index: usize,
-        rows: &RowTable<'_>,
+        halves: &[Half],
+        rows: &StepRows<'_>,
+        count: usize,
         kv: &mut KvCache,
         scratch: &mut Scratch,
         link: &mut L,
-    ) {
-        let (layer, heads, eps) = (&self.layers[index], &self.heads, self.config.rms_eps);
-        let (count, hidden) = (rows.rows.len(), self.config.hidden as usize);
-        let normed = &mut scratch.normed[..count * hidden];
-        let (qkv, mixed) =
-            (&mut scratch.qkv[..count * heads.qkv_width()], &mut scratch.mixed[..count * heads.out_width()]);
-        self.cpu.rms_norm(&scratch.stream[..count * hidden], &layer.attention_norm, eps, normed);
-        link.after(Operation::Norm);
-        let bias = layer.qkv_bias.as_deref().map_or(Epilogue::Store, Epilogue::Bias);
-        self.cpu.gemm(normed, &layer.qkv, bias, qkv);
-        link.after(Operation::Qkv);
-        let norms = self.config.qk_norm.then_some(QkNorm { q: &layer.q_norm, k: &layer.k_norm, eps });
-        self.cpu.rope_append(qkv, heads, &self.rotary, norms, rows, index, kv);
-        link.after(Operation::RopeAppend);
-        self.cpu.attention(qkv, heads, rows, index, kv, mixed);
-        link.after(Operation::Attention);
-    }
-
-    /// `stream += x W^T` for a W whose k is shared out among the ranks.
-    pub(super) fn add_product<L: Link>(
-        &self,
-        x: &[f32],
-        w: &Packed,
-        stream: &mut [f32],
-        partial: &mut [f32],
-        link: &mut L,
-        operation: Operation,
-    ) -> Result<(), L::Error> {
-        if self.vocab.ranks == 1 {
-            self.cpu.gemm(x, w, Epilogue::Add, stream);
-            link.after(operation);
-            return Ok(());
+    ) -> Result<usize, L::Error> {
+        let (hidden, many) = (self.config.hidden as usize, self.vocab.ranks > 1);
+        let Scratch { stream, qkv, mixed, ffn: FfnScratch { gated, partial, .. }, .. } = scratch;
+        let stream = &mut stream[..count * hidden];
+        let partial = &mut partial[..if many { count * hidden } else { 0 }];
+        let buffers = StepBuffers { stream, partial: many.then_some(&mut *partial), qkv, mixed, gated };
+        let left = self.cpu.halves(halves, rows, kv, buffers);
+        link.after(match halves.last() {
+            Some(Half::Attention(_)) => Operation::Attention,
+            _ => Operation::FeedForward,
+        });
+        if many {
+            add_of_ranks(&mut partial[..left * hidden], &mut stream[..left * hidden], link)?;
         }
-        let partial = &mut partial[..stream.len()];
-        self.cpu.gemm(x, w, Epilogue::Store, partial);
-        link.after(operation);
-        link.all_reduce(partial)?;
-        stream.iter_mut().zip(partial).for_each(|(sum, y)| *sum += *y);
-        link.after(Operation::AllReduce);
-        Ok(())
+        Ok(left)
     }
 
     /// Reduces the logits of the last pass's outputs to one record each.
@@ -425,13 +399,6 @@ impl Model {
 
     fn output_rows<'a>(&self, scratch: &'a Scratch) -> &'a [f32] {
         &scratch.normed[..scratch.outputs * self.config.hidden as usize]
-    }
-}
-
-/// Moves the rows named by `kept` (ascending) to the front.
-fn keep_rows(values: &mut [f32], width: usize, kept: &[u32]) {
-    for (to, &from) in kept.iter().enumerate() {
-        values.copy_within(from as usize * width..(from as usize + 1) * width, to * width);
     }
 }
 

@@ -1,34 +1,27 @@
-//! The feed-forward part of a layer: one for all rows, or experts that rows are routed to.
+//! Feed-forward parts of experts that rows are routed to.
 
 use super::decoder::Model;
 use super::link::{Link, Operation};
 use unmask_kernels::experts::combine;
-use unmask_kernels::{Choice, Epilogue, Expert, ExpertBuffers, Packed, Router};
+use unmask_kernels::{Choice, Epilogue, Expert, ExpertBuffers, Norm, Packed, Router};
 
-/// Weights of a layer's feed-forward part.
-pub(super) enum Ffn {
-    /// For all rows.
-    Dense(Expert),
-    /// Per row the experts that the router chooses, and one that every row goes to.
-    Experts {
-        /// In f32, whatever the type of the others: a choice is not to be rounded.
-        router: Packed,
-        /// Empty for none.
-        bias: Vec<f32>,
-        experts: Vec<Expert>,
-        shared: Option<Expert>,
-    },
+/// Half a layer whose rows go to the experts that a router chooses, and to one that every row goes to.
+pub(super) struct Experts {
+    /// Of the stream, before router and experts.
+    pub(super) norm: Norm,
+    /// In f32, whatever the type of the others: a choice is not to be rounded.
+    pub(super) router: Packed,
+    /// Empty for none.
+    pub(super) bias: Vec<f32>,
+    pub(super) experts: Vec<Expert>,
+    pub(super) shared: Option<Expert>,
 }
 
-impl Ffn {
+impl Experts {
     /// Every product.
     pub(super) fn products(&self) -> impl Iterator<Item = &Packed> {
-        let (dense, router, experts, shared) = match self {
-            Ffn::Dense(dense) => (Some(dense), None, [].as_slice(), None),
-            Ffn::Experts { router, experts, shared, .. } => (None, Some(router), experts.as_slice(), shared.as_ref()),
-        };
-        let all = dense.into_iter().chain(experts).chain(shared);
-        all.flat_map(|expert| [&expert.gate_up, &expert.down]).chain(router)
+        let all = self.experts.iter().chain(&self.shared);
+        all.flat_map(|expert| [&expert.gate_up, &expert.down]).chain([&self.router])
     }
 }
 
@@ -66,41 +59,32 @@ impl FfnScratch {
 }
 
 impl Model {
-    /// `stream += ffn(normed)`.
-    pub(super) fn feed_forward<L: Link>(
+    /// `stream += experts(norm(stream))`; `normed` is work space.
+    pub(super) fn add_routed<L: Link>(
         &self,
-        ffn: &Ffn,
-        normed: &[f32],
+        layer: &Experts,
+        normed: &mut [f32],
         stream: &mut [f32],
         scratch: &mut FfnScratch,
         link: &mut L,
     ) -> Result<(), L::Error> {
-        match ffn {
-            Ffn::Dense(dense) => self.dense(dense, normed, stream, scratch, link),
-            Ffn::Experts { router, bias, experts, shared } => {
-                self.route(router, bias, normed, scratch, link);
-                self.add_experts(experts, normed, stream, scratch, link)?;
-                match shared {
-                    Some(shared) => self.dense(shared, normed, stream, scratch, link),
-                    None => Ok(()),
-                }
-            }
-        }
-    }
-
-    fn dense<L: Link>(
-        &self,
-        ffn: &Expert,
-        normed: &[f32],
-        stream: &mut [f32],
-        scratch: &mut FfnScratch,
-        link: &mut L,
-    ) -> Result<(), L::Error> {
+        self.cpu.rms_norm(stream, &layer.norm.weight, layer.norm.eps, normed);
+        link.after(Operation::Norm);
+        self.route(&layer.router, &layer.bias, normed, scratch, link);
+        self.add_experts(&layer.experts, normed, stream, scratch, link)?;
+        let Some(Expert { gate_up, down }) = &layer.shared else { return Ok(()) };
         let FfnScratch { gated, partial, .. } = scratch;
-        let gated = &mut gated[..normed.len() / ffn.gate_up.k() * ffn.down.k()];
-        self.cpu.gemm(normed, &ffn.gate_up, Epilogue::SiluMul, gated);
-        link.after(Operation::GateUp);
-        self.add_product(gated, &ffn.down, stream, partial, link, Operation::Down)
+        let gated = &mut gated[..normed.len() / gate_up.k() * down.k()];
+        self.cpu.gemm(normed, gate_up, Epilogue::SiluMul, gated);
+        if self.vocab.ranks == 1 {
+            self.cpu.gemm(gated, down, Epilogue::Add, stream);
+            link.after(Operation::FeedForward);
+            return Ok(());
+        }
+        let partial = &mut partial[..stream.len()];
+        self.cpu.gemm(gated, down, Epilogue::Store, partial);
+        link.after(Operation::FeedForward);
+        add_of_ranks(partial, stream, link)
     }
 
     fn route<L: Link>(&self, router: &Packed, bias: &[f32], normed: &[f32], scratch: &mut FfnScratch, link: &mut L) {
@@ -139,4 +123,12 @@ impl Model {
         link.after(Operation::Experts);
         Ok(())
     }
+}
+
+/// `stream += partial`, summed over the ranks.
+pub(super) fn add_of_ranks<L: Link>(partial: &mut [f32], stream: &mut [f32], link: &mut L) -> Result<(), L::Error> {
+    link.all_reduce(partial)?;
+    stream.iter_mut().zip(partial).for_each(|(sum, y)| *sum += *y);
+    link.after(Operation::AllReduce);
+    Ok(())
 }

@@ -7,20 +7,12 @@ use std::convert::Infallible;
 pub enum Operation {
     /// Gathering rows of the embedding.
     Embed,
-    /// Any RMS norm.
-    Norm,
-    /// Product to queries, keys and values.
-    Qkv,
-    /// Norms of heads, rotation, append to the cache.
-    RopeAppend,
-    /// Attention over the cache.
+    /// Attention halves of layers, their products and norms included.
     Attention,
-    /// Product of attention's output, with the residual.
-    Out,
-    /// Product to gates and ups, with the activation.
-    GateUp,
-    /// Product back to the stream, with the residual.
-    Down,
+    /// Feed-forward halves of layers, and experts that every row goes to.
+    FeedForward,
+    /// Norms beside those of the halves.
+    Norm,
     /// Which experts rows go to.
     Router,
     /// Products of the experts, and their sum.
@@ -36,13 +28,9 @@ impl Operation {
     pub fn name(self) -> &'static str {
         match self {
             Operation::Embed => "embed",
-            Operation::Norm => "norm",
-            Operation::Qkv => "qkv",
-            Operation::RopeAppend => "rope_append",
             Operation::Attention => "attention",
-            Operation::Out => "out",
-            Operation::GateUp => "gate_up",
-            Operation::Down => "down",
+            Operation::FeedForward => "feed_forward",
+            Operation::Norm => "norm",
             Operation::Router => "router",
             Operation::Experts => "experts",
             Operation::Head => "head",
@@ -51,7 +39,7 @@ impl Operation {
     }
 }
 
-/// What ties the passes of the ranks of a group together; also sees every operation end.
+/// What ties the passes of the ranks of a group together, or watches a pass.
 pub trait Link {
     /// Why another rank did not answer.
     type Error;
@@ -60,6 +48,10 @@ pub trait Link {
     /// # Errors
     /// Another rank failed.
     fn all_reduce(&mut self, values: &mut [f32]) -> Result<(), Self::Error>;
+    /// Whether it wants to see operations end one by one: they take less time together.
+    fn watches(&self) -> bool {
+        false
+    }
     /// An operation has ended.
     fn after(&mut self, _operation: Operation) {}
 }

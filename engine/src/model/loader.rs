@@ -1,12 +1,16 @@
 //! Tensors to packed products, row by row: no tensor is ever held a second time.
 
 use super::ModelConfig;
-use super::ffn::Ffn;
+use super::ffn::Experts;
+use super::moe::Moe;
 use super::names::Projections;
 use super::weights::floats;
 use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
-use unmask_kernels::{Cpu, EmbeddingTable, Expert, HeadShape, Packed, ProductShape, VocabShard, WeightType};
+use unmask_kernels::{
+    AttentionWeights, Cpu, EmbeddingTable, Expert, FeedForwardWeights, Half, HeadShape, Norm, Packed, ProductShape,
+    VocabShard, WeightType,
+};
 
 /// Which part of a model one rank of a group holds: heads and feed-forward columns are shared out, and the vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +93,14 @@ impl Source<'_> {
     }
 }
 
+/// Adds a half to those that it follows.
+fn push_half(stages: &mut Vec<Stage>, half: Half) {
+    match stages.last_mut() {
+        Some(Stage::Halves(halves)) => halves.push(half),
+        _ => stages.push(Stage::Halves(vec![half])),
+    }
+}
+
 /// Values around zero that keep activations of unit size through a layer.
 fn draw(seed: u64, out: &mut [f32]) {
     let scale = (3.0 / out.len() as f32).sqrt() / (1u64 << 31) as f32;
@@ -106,17 +118,22 @@ fn fnv(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
-/// One layer's weights.
-pub(super) struct Layer {
-    pub(super) attention_norm: Vec<f32>,
-    /// Rows [q | k | v].
-    pub(super) qkv: Packed,
-    pub(super) qkv_bias: Option<Vec<f32>>,
-    pub(super) q_norm: Vec<f32>,
-    pub(super) k_norm: Vec<f32>,
-    pub(super) out: Packed,
-    pub(super) ffn_norm: Vec<f32>,
-    pub(super) ffn: Ffn,
+/// What a pass goes through in turn.
+pub(super) enum Stage {
+    /// Halves of layers, as many as follow each other.
+    Halves(Vec<Half>),
+    /// A half of experts.
+    Experts(Box<Experts>),
+}
+
+impl Stage {
+    /// Every product.
+    pub(super) fn products(&self) -> Vec<&Packed> {
+        match self {
+            Stage::Halves(halves) => halves.iter().flat_map(Half::products).collect(),
+            Stage::Experts(experts) => experts.products().collect(),
+        }
+    }
 }
 
 /// Rows of the embedding.
@@ -137,8 +154,12 @@ pub(super) struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    pub(super) fn norm(&self) -> Vec<f32> {
-        self.source.vector(&format!("{}.weight", self.config.family.names.norm), self.config.hidden as usize)
+    pub(super) fn norm(&self) -> Norm {
+        self.norm_of(self.config.family.names.norm, self.config.hidden)
+    }
+
+    fn norm_of(&self, name: &str, width: u32) -> Norm {
+        Norm { weight: self.source.vector(&format!("{name}.weight"), width as usize), eps: self.config.rms_eps }
     }
 
     fn embedding_name(&self) -> String {
@@ -166,33 +187,49 @@ impl Loader<'_> {
         Embedding::Table(EmbeddingTable::new(vocab, hidden, self.dtype, &row))
     }
 
-    pub(super) fn layer(&self, layer: u32) -> Layer {
-        let (hidden, names) = (self.config.hidden as usize, self.config.family.names);
-        let at = |name: &str| format!("{}.{layer}.{name}", names.layers);
-        let vector = |name: &str, len| self.source.vector(&format!("{}.weight", at(name)), len);
-        let norms = if self.config.qk_norm { self.config.heads.head_dim } else { 0 };
-        let out = ProductShape::new(hidden, self.config.heads.out_width());
-        Layer {
-            attention_norm: vector(names.attention_norm, hidden),
-            qkv: self.qkv(&at),
-            qkv_bias: self.config.qkv_bias.then(|| self.qkv_bias(&at)),
-            q_norm: vector(names.q_norm, norms),
-            k_norm: vector(names.k_norm, norms),
-            out: self.row_parallel(&format!("{}.weight", at(names.out)), out),
-            ffn_norm: vector(names.ffn_norm, hidden),
-            ffn: self.ffn(layer, &at),
+    /// All layers; `done` hears how many are packed.
+    pub(super) fn stages(&self, done: impl Fn(u32)) -> Vec<Stage> {
+        let (names, mut stages) = (self.config.family.names, Vec::new());
+        for layer in 0..self.config.layers {
+            let at = |name: &str| format!("{}.{layer}.{name}", names.layers);
+            push_half(&mut stages, self.attention(layer, &at));
+            match self.config.moe.as_ref().filter(|moe| moe.covers(layer)) {
+                Some(moe) => stages.push(Stage::Experts(Box::new(self.experts(moe, &at)))),
+                None => push_half(&mut stages, self.feed_forward(&at)),
+            }
+            done(layer + 1);
         }
+        stages
     }
 
-    fn ffn(&self, layer: u32, at: &dyn Fn(&str) -> String) -> Ffn {
+    fn attention(&self, layer: u32, at: &dyn Fn(&str) -> String) -> Half {
+        let (names, heads) = (self.config.family.names, &self.config.heads);
+        let norm = |name| self.norm_of(&at(name), heads.head_dim as u32);
+        let out = ProductShape::new(self.config.hidden as usize, heads.out_width());
+        Half::Attention(AttentionWeights {
+            layer: layer as usize,
+            norm: self.norm_of(&at(names.attention_norm), self.config.hidden),
+            qkv: self.qkv(at),
+            bias: self.config.qkv_bias.then(|| self.qkv_bias(at)),
+            qk_norm: self.config.qk_norm.then(|| [names.q_norm, names.k_norm].map(norm)),
+            out: self.row_parallel(&format!("{}.weight", at(names.out)), out),
+        })
+    }
+
+    fn feed_forward(&self, at: &dyn Fn(&str) -> String) -> Half {
         let names = self.config.family.names;
-        let Some(moe) = self.config.moe.as_ref().filter(|moe| moe.covers(layer)) else {
-            return Ffn::Dense(self.expert(self.config.ffn, &|name| at(&names.dense(name))));
-        };
-        let count = moe.router.experts;
+        Half::FeedForward(FeedForwardWeights {
+            norm: self.norm_of(&at(names.ffn_norm), self.config.hidden),
+            expert: self.expert(self.config.ffn, &|name| at(&names.dense(name))),
+        })
+    }
+
+    fn experts(&self, moe: &Moe, at: &dyn Fn(&str) -> String) -> Experts {
+        let (names, count) = (self.config.family.names, moe.router.experts);
         let router = format!("{}.weight", at(&names.router()));
         let shape = ProductShape::new(count, self.config.hidden as usize);
-        Ffn::Experts {
+        Experts {
+            norm: self.norm_of(&at(names.ffn_norm), self.config.hidden),
             router: self.cpu.pack_rows(shape, WeightType::F32, &|row, out| self.source.row(&router, row, out)),
             bias: self.source.vector(&at(&names.expert_bias()), if moe.bias { count } else { 0 }),
             experts: (0..count as u32).map(|e| self.expert(moe.ffn, &|name| at(&names.expert(e, name)))).collect(),

@@ -1,10 +1,11 @@
 //! Runs of slots that are attended to apart, and how their results become one.
 
-use super::{Attention, SPLIT_SLOTS, STATE, Sink, TILE_ROWS, run_tile};
+use super::{Attention, SPLIT_SLOTS, STATE, Sink, TASKS_PER_THREAD, TILE_ROWS, longest, run_tile};
 use crate::Cpu;
 use crate::exp::exp;
-use crate::kv::HEAD_DIM_MAX;
+use crate::kv::{Element, HEAD_DIM_MAX, HeadShape, RowTable};
 use crate::lanes::*;
+use crate::pool::Member;
 use crate::rows::RowsMut;
 use std::cell::RefCell;
 
@@ -44,26 +45,59 @@ impl Parts<'_> {
     }
 }
 
+/// Whether the runs of slots of a call are tasks, and then where their results go.
+pub(crate) struct Runs<'a>(Option<Sink<'a>>);
+
+impl Runs<'_> {
+    /// Whether runs are tasks of their own.
+    pub(crate) fn are_apart(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Where results go when they are.
+    pub(super) fn apart(&self) -> Option<&Sink<'_>> {
+        self.0.as_ref()
+    }
+}
+
 impl Cpu {
-    /// Attention whose runs of slots are tasks: `tasks` tiles and heads with `splits` runs each.
-    pub(super) fn attend_in_splits(&self, job: &Attention<'_>, tasks: usize, splits: usize) {
-        let (heads, kv_heads, dims) = (job.shape.heads, job.shape.kv_heads, job.shape.head_dim);
+    /// Calls `run` with what attention of `rows` needs.
+    pub(crate) fn with_runs(&self, shape: &HeadShape, rows: &RowTable<'_>, run: impl FnOnce(&Runs<'_>)) {
+        let tasks = rows.rows.len().div_ceil(TILE_ROWS) * shape.kv_heads;
+        let splits = longest(rows).div_ceil(SPLIT_SLOTS);
+        if splits <= 1 || tasks >= TASKS_PER_THREAD * self.pool().threads() {
+            return run(&Runs(None));
+        }
+        let (heads, dims) = (shape.heads, shape.head_dim);
         RESULTS.with_borrow_mut(|results| {
-            let len = job.rows.rows.len() * heads * splits * width(dims);
+            let len = rows.rows.len() * heads * splits * width(dims);
             results.resize(len.max(results.len()), 0.0);
-            let sink = Sink::Parts(Parts { results: RowsMut::new(&mut results[..len]), heads, splits, dims });
-            self.pool().run(tasks * splits, &|task| {
-                let (task, split) = (task / splits, task % splits);
-                let (tile, kv_head) = (task / kv_heads, task % kv_heads);
-                STATE.with_borrow_mut(|state| {
-                    dispatch!(self.isa(), run_tile(job, (tile, kv_head), split..split + 1, &sink, state));
-                });
+            let parts = Parts { results: RowsMut::new(&mut results[..len]), heads, splits, dims };
+            run(&Runs(Some(Sink::Parts(parts))));
+        });
+    }
+
+    /// Attention whose runs of slots are tasks: `tasks` tiles and heads with as many runs each as `sink` has room for.
+    pub(super) fn attend_apart<E: Element>(
+        &self,
+        member: &Member<'_>,
+        job: &Attention<'_, E>,
+        tasks: usize,
+        sink: &Sink<'_>,
+    ) {
+        let Sink::Parts(parts) = sink else { return };
+        let (kv_heads, splits) = (job.shape.kv_heads, parts.splits);
+        member.each(tasks * splits, |task| {
+            let (task, split) = (task / splits, task % splits);
+            let (tile, kv_head) = (task / kv_heads, task % kv_heads);
+            STATE.with_borrow_mut(|state| {
+                dispatch!(self.isa(), run_tile(job, (tile, kv_head), split..split + 1, sink, state));
             });
-            let Sink::Parts(parts) = &sink else { return };
-            self.pool().run(tasks, &|task| {
-                let (tile, kv_head) = (task / kv_heads, task % kv_heads);
-                dispatch!(self.isa(), merge_tile(job, parts, tile, kv_head));
-            });
+        });
+        member.meet();
+        member.each(tasks, |task| {
+            let (tile, kv_head) = (task / kv_heads, task % kv_heads);
+            dispatch!(self.isa(), merge_tile(job, parts, tile, kv_head));
         });
     }
 }
@@ -71,7 +105,7 @@ impl Cpu {
 /// # Safety
 /// The ISA of `L` must be present, and no other thread may work on the same tile and head.
 #[inline(always)]
-unsafe fn merge_tile<L: Lanes>(job: &Attention<'_>, parts: &Parts<'_>, tile: usize, kv_head: usize) {
+unsafe fn merge_tile<L: Lanes>(job: &Attention<'_, impl Element>, parts: &Parts<'_>, tile: usize, kv_head: usize) {
     let (rows, dims, group) = (job.rows.rows, job.shape.head_dim, job.shape.group());
     let mut merged = [0.0; WIDTH_MAX];
     for row in tile * TILE_ROWS..rows.len().min((tile + 1) * TILE_ROWS) {

@@ -4,7 +4,9 @@ use crate::Cpu;
 use crate::kv::Element;
 use crate::lanes::Lanes;
 use crate::lines::Lines;
+use crate::norm::{Norm, normalise};
 use crate::pack::{BLOCK_GROUPS, Packed, Panels, WeightType, shift};
+use crate::pool::Member;
 use crate::rows::RowsMut;
 use half::bf16;
 use std::cell::RefCell;
@@ -15,8 +17,8 @@ pub(crate) const ROWS: usize = 16;
 /// Groups of one block: [`ROWS`] rows of [`BLOCK_GROUPS`].
 pub(super) const BLOCK: usize = ROWS * BLOCK_GROUPS;
 
-/// Elements below which a task is not worth handing to another thread.
-const TASK_ELEMENTS: usize = 1 << 13;
+/// Inputs of up to this many elements are made by every thread for itself, which takes less time than to meet.
+const ALONE_ELEMENTS: usize = 1 << 13;
 
 /// Inputs of a product.
 #[derive(Clone, Copy)]
@@ -27,72 +29,160 @@ pub(crate) enum Input<'a> {
     Groups { blocks: &'a [u32], scales: &'a [f32] },
 }
 
+/// Elements of a [`Desk`], all copies together.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Room {
+    normed: usize,
+    blocks: usize,
+    scales: usize,
+}
+
+/// Where a team puts the inputs of its products: a copy for each member, or one for all. Kept from team to team.
+pub(crate) struct Desk<'a> {
+    normed: RowsMut<'a, f32>,
+    blocks: RowsMut<'a, u32>,
+    scales: RowsMut<'a, f32>,
+}
+
 #[derive(Default)]
 struct Buffers {
+    normed: Lines<f32>,
     blocks: Lines<u32>,
-    scales: Vec<f32>,
+    scales: Lines<f32>,
 }
 
 thread_local! {
-    /// Rounded inputs of the product being computed; kept from call to call.
     static BUFFERS: RefCell<Buffers> = RefCell::default();
 }
 
-impl Cpu {
-    /// Calls `run` with `x` (m, k) as the products of `w` need it.
-    pub(crate) fn with_input<R>(&self, x: &[f32], w: &Packed, run: impl FnOnce(Input<'_>) -> R) -> R {
-        if !matches!(w.panels, Panels::Groups(_)) {
-            return run(Input::F32(x));
+impl Room {
+    /// For one copy of `rows` rows for a product with `w`.
+    fn copy(rows: usize, w: &Packed, normed: bool) -> Room {
+        let mut room = Room { normed: if normed { rows * w.k() } else { 0 }, ..Room::default() };
+        if matches!(w.panels, Panels::Groups(_)) {
+            room.blocks = rows.div_ceil(ROWS) * tile(w);
+            room.scales = if w.dtype() == WeightType::Int8 { rows * w.shape.pieces } else { 0 };
         }
-        let (k, pieces) = (w.k(), w.shape.pieces);
-        let blocks = w.shape.blocks(4 / w.dtype().bytes());
-        let (rows, tile) = (x.len() / k, pieces * blocks * BLOCK);
-        let tiles = rows.div_ceil(ROWS);
-        BUFFERS.with_borrow_mut(|buffers| {
-            buffers.blocks.reserve(tiles * tile);
-            let scales = if w.dtype() == WeightType::Int8 { rows * pieces } else { 0 };
-            buffers.scales.resize(scales.max(buffers.scales.len()), 0.0);
-            let all = RowsMut::new(&mut buffers.blocks.as_mut_slice()[..tiles * tile]);
-            let all_scales = RowsMut::new(&mut buffers.scales[..scales]);
-            let job = Rounding { x, k, pieces, blocks, dtype: w.dtype(), shift: shift(self.isa()), all, all_scales };
-            let per_task = TASK_ELEMENTS.div_ceil(k);
-            self.pool().run(rows.div_ceil(per_task), &|task| {
-                let rows = task * per_task..rows.min((task + 1) * per_task);
-                // Each row belongs to one task.
-                dispatch!(self.isa(), round_rows(&job, rows));
-            });
-            run(Input::Groups { blocks: &buffers.blocks.as_slice()[..tiles * tile], scales: &buffers.scales[..scales] })
-        })
+        room
+    }
+
+    fn times(self, copies: usize) -> Room {
+        Room { normed: copies * self.normed, blocks: copies * self.blocks, scales: copies * self.scales }
+    }
+
+    fn largest(self, other: Room) -> Room {
+        Room {
+            normed: self.normed.max(other.normed),
+            blocks: self.blocks.max(other.blocks),
+            scales: self.scales.max(other.scales),
+        }
     }
 }
 
-struct Rounding<'a> {
-    x: &'a [f32],
-    k: usize,
-    pieces: usize,
-    blocks: usize,
-    dtype: WeightType,
-    shift: u8,
-    all: RowsMut<'a, u32>,
-    all_scales: RowsMut<'a, f32>,
+/// Groups of a tile of inputs.
+fn tile(w: &Packed) -> usize {
+    w.shape.pieces * w.shape.blocks(4 / w.dtype().bytes()) * BLOCK
 }
 
-/// Rounds some rows. Generic so that it is compiled for the instruction set of `L`.
+impl Cpu {
+    /// Calls `run` with a desk for products with each of `weights`, one after the other, of up to `rows` rows that are
+    /// normalised where it says so.
+    pub(crate) fn with_desk<'w, R>(
+        &self,
+        rows: usize,
+        weights: impl IntoIterator<Item = (&'w Packed, bool)>,
+        run: impl FnOnce(&Desk<'_>) -> R,
+    ) -> R {
+        let rooms = weights.into_iter().map(|(w, normed)| {
+            let few = Room::copy(rows.min(ALONE_ELEMENTS / w.k()), w, normed);
+            few.times(self.pool().threads()).largest(Room::copy(rows, w, normed))
+        });
+        let room = rooms.fold(Room::default(), Room::largest);
+        BUFFERS.with_borrow_mut(|buffers| {
+            buffers.normed.reserve(room.normed);
+            buffers.blocks.reserve(room.blocks);
+            buffers.scales.reserve(room.scales);
+            run(&Desk {
+                normed: RowsMut::new(buffers.normed.as_mut_slice()),
+                blocks: RowsMut::new(buffers.blocks.as_mut_slice()),
+                scales: RowsMut::new(buffers.scales.as_mut_slice()),
+            })
+        })
+    }
+
+    /// `x` (m, k), normalised or not, as products with `w` need it. Every member of the team calls this.
+    ///
+    /// # Safety
+    /// Nobody writes `x` while the inputs are used, and members have met since they used those before.
+    pub(crate) unsafe fn input<'a>(
+        &self,
+        member: &Member<'_>,
+        desk: &'a Desk<'_>,
+        x: &'a [f32],
+        norm: Option<&Norm>,
+        w: &Packed,
+    ) -> Input<'a> {
+        let (k, rows) = (w.k(), x.len() / w.k());
+        let alone = x.len() <= ALONE_ELEMENTS;
+        let (copy, own) = if alone { (member.index(), 0..rows) } else { (0, member.share(rows)) };
+        let room = Room::copy(rows, w, norm.is_some());
+        let at = room.times(copy);
+        let mut source = &x[own.start * k..own.end * k];
+        if let Some(Norm { weight, eps }) = norm {
+            assert_eq!(weight.len(), k, "a norm must have one weight per column");
+            // SAFETY: every member has its own copy, or its own rows of the one.
+            let out = unsafe { desk.normed.range(at.normed + own.start * k, source.len()) };
+            dispatch!(self.isa(), normalise(source, weight, *eps, out));
+            source = out;
+        }
+        if room.blocks > 0 {
+            let job = Rounding { x: source, first_row: own.start, w, shift: shift(self.isa()), desk, at };
+            dispatch!(self.isa(), round_rows(&job));
+        }
+        if !alone {
+            member.meet();
+        }
+        // SAFETY: what members wrote they have written; the caller's promise.
+        unsafe {
+            match (room.blocks, norm) {
+                (0, None) => Input::F32(x),
+                (0, Some(_)) => Input::F32(desk.normed.view(at.normed, x.len())),
+                _ => Input::Groups {
+                    blocks: desk.blocks.view(at.blocks, room.blocks),
+                    scales: desk.scales.view(at.scales, room.scales),
+                },
+            }
+        }
+    }
+}
+
+/// Rows to be rounded, and where they go.
+struct Rounding<'a> {
+    x: &'a [f32],
+    first_row: usize,
+    w: &'a Packed,
+    shift: u8,
+    desk: &'a Desk<'a>,
+    at: Room,
+}
+
+/// Generic so that it is compiled for the instruction set of `L`.
 ///
 /// # Safety
-/// The ISA of `L` must be present; no other thread may work on the same rows.
+/// The ISA of `L` must be present; no other thread may work on the same rows of the same copy.
 #[inline(always)]
-unsafe fn round_rows<L: Lanes>(job: &Rounding<'_>, rows: std::ops::Range<usize>) {
-    for row in rows {
-        let x = &job.x[row * job.k..(row + 1) * job.k];
-        for (piece, x) in x.chunks_exact(job.k / job.pieces).enumerate() {
-            let first = (row / ROWS * job.pieces + piece) * job.blocks * BLOCK + row % ROWS * BLOCK_GROUPS;
+unsafe fn round_rows<L: Lanes>(job: &Rounding<'_>) {
+    let (k, pieces) = (job.w.k(), job.w.shape.pieces);
+    let blocks = job.w.shape.blocks(4 / job.w.dtype().bytes());
+    for (row, x) in (job.first_row..).zip(job.x.chunks_exact(k)) {
+        for (piece, x) in x.chunks_exact(k / pieces).enumerate() {
+            let first = job.at.blocks + (row / ROWS * pieces + piece) * blocks * BLOCK + row % ROWS * BLOCK_GROUPS;
             // SAFETY: a row's lines, one of each block, and its scales are written by the caller alone.
-            let lines = (0..job.blocks).map(|block| unsafe { job.all.range(first + block * BLOCK, BLOCK_GROUPS) });
-            if job.dtype == WeightType::Int8 {
+            let lines = (0..blocks).map(|block| unsafe { job.desk.blocks.range(first + block * BLOCK, BLOCK_GROUPS) });
+            if job.w.dtype() == WeightType::Int8 {
                 let scale = round_int8(x, job.shift, lines);
                 // SAFETY: as above.
-                unsafe { job.all_scales.range(row * job.pieces + piece, 1)[0] = scale };
+                unsafe { job.desk.scales.range(job.at.scales + row * pieces + piece, 1)[0] = scale };
             } else {
                 round_bf16(x, lines);
             }

@@ -1,13 +1,20 @@
-//! One row of bf16 times weights in a cache: all pieces of two panels side by side, in registers up to the end. A single
+//! One row of bf16 times weights in a cache: all pieces of a few panels side by side, in registers up to the end. A single
 //! panel would wait for its own sums, and tiles would take as long as the sums. The bits are those of larger products.
 
 use super::input::{BLOCK, Input};
 use super::tile::Tile;
-use super::{BLOCK_WEIGHTS, CACHED_BYTES, LEVELS, PAIR, ROWS};
+use super::{BLOCK_WEIGHTS, CACHED_BYTES, LEVELS, ROWS};
 use crate::Isa;
 use crate::pack::{BLOCK_GROUPS, PANEL, Packed, Panels, WeightType};
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
+
+/// Panels that are summed side by side, at most.
+const TOGETHER: usize = 3;
+
+/// Groups of weights by which each panel is fetched ahead (2 KiB): the caches' own foresight ends at every page.
+const AHEAD: usize = 512;
 
 /// Inputs and weights of such a product, where it is one.
 #[derive(Clone, Copy)]
@@ -31,16 +38,25 @@ impl<'a> OneRow<'a> {
         Some(Self { x, weights: weights.as_slice(), pieces })
     }
 
-    /// Sums of panels `first..first + count`, one or two, in row 0 of as many tiles.
-    pub(super) fn panels(&self, first: usize, count: usize, tiles: &mut [Tile; PAIR]) {
+    /// Sums of the panels of a task, in row 0 of the tiles: `done` gets each with its number. Panels that are summed side
+    /// by side are those of runs that follow each other, so that what is fetched ahead is what comes next.
+    pub(super) fn panels(&self, panels: Range<usize>, tiles: &mut [Tile], mut done: impl FnMut(usize, &Tile)) {
         let size = self.x.len() / BLOCK * BLOCK_WEIGHTS;
-        let of = |panel: usize| &self.weights[panel * size..][..size];
-        // SAFETY: `of` made sure of the dot; every panel holds as many blocks as the input.
-        unsafe {
-            match count {
-                2 => sum(self.x, [of(first), of(first + 1)], self.pieces, tiles),
-                _ => sum(self.x, [of(first)], self.pieces, tiles),
+        let run = panels.len().div_ceil(if panels.len().is_multiple_of(2) { 2 } else { 3 });
+        for at in 0..run {
+            let mut numbers = [0; TOGETHER];
+            let count =
+                numbers.iter_mut().zip(panels.clone().skip(at).step_by(run)).map(|(to, panel)| *to = panel).count();
+            let of = |i: usize| &self.weights[numbers[i] * size..][..size];
+            // SAFETY: `OneRow::of` made sure of the dot; every panel holds as many blocks as the input.
+            unsafe {
+                match count {
+                    1 => sum(self.x, [of(0)], self.pieces, tiles),
+                    2 => sum(self.x, [of(0), of(1)], self.pieces, tiles),
+                    _ => sum(self.x, [of(0), of(1), of(2)], self.pieces, tiles),
+                }
             }
+            numbers.iter().zip(&*tiles).take(count).for_each(|(&panel, tile)| done(panel, tile));
         }
     }
 }
@@ -48,10 +64,11 @@ impl<'a> OneRow<'a> {
 /// # Safety
 /// The host must have the BF16 dot; `x` and each panel hold equally many blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn sum<const P: usize>(x: &[u32], panels: [&[u32]; P], pieces: usize, tiles: &mut [Tile; PAIR]) {
+unsafe fn sum<const P: usize>(x: &[u32], panels: [&[u32]; P], pieces: usize, tiles: &mut [Tile]) {
     // SAFETY: offsets stay inside the blocks that the caller promises; 512 bits have no invalid pattern.
     unsafe {
-        let mut waiting = [[[_mm512_setzero_ps(); 2]; P]; LEVELS + 1];
+        // Not cleared: that would take a good part of the time of a small product.
+        let mut waiting = [MaybeUninit::<[[__m512; 2]; P]>::uninit(); LEVELS + 1];
         let mut count = 0;
         let mut w = panels.map(<[u32]>::as_ptr);
         for (piece, x) in x.chunks_exact(x.len() / pieces).enumerate() {
@@ -62,6 +79,7 @@ unsafe fn sum<const P: usize>(x: &[u32], panels: [&[u32]; P], pieces: usize, til
                     for (sums, w) in sums.iter_mut().zip(&mut w) {
                         for (half, sum) in sums.iter_mut().enumerate() {
                             let weights = _mm512_loadu_si512(w.add(16 * half).cast());
+                            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(16 * half + AHEAD).cast());
                             *sum = _mm512_dpbf16_ps(*sum, group, std::mem::transmute::<__m512i, __m512bh>(weights));
                         }
                         *w = w.add(PANEL);
@@ -71,14 +89,16 @@ unsafe fn sum<const P: usize>(x: &[u32], panels: [&[u32]; P], pieces: usize, til
             // As in a binary counter: two sums of as many pieces each become one.
             for _ in 0..(piece + 1).trailing_zeros() {
                 count -= 1;
-                for (later, earlier) in sums.as_flattened_mut().iter_mut().zip(waiting[count].as_flattened()) {
+                for (later, earlier) in
+                    sums.as_flattened_mut().iter_mut().zip(waiting[count].assume_init_ref().as_flattened())
+                {
                     *later = _mm512_add_ps(*earlier, *later);
                 }
             }
-            waiting[count] = sums;
+            waiting[count].write(sums);
             count += 1;
         }
-        for (tile, sums) in tiles.iter_mut().zip(waiting[0]) {
+        for (tile, sums) in tiles.iter_mut().zip(waiting[0].assume_init()) {
             let out = tile.0[0].as_mut_ptr();
             _mm512_storeu_ps(out, sums[0]);
             _mm512_storeu_ps(out.add(16), sums[1]);
