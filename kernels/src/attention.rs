@@ -37,9 +37,6 @@ const TASKS_PER_THREAD: usize = 4;
 /// Elements that the loops handle at once: the widest vector of any ISA.
 const CHUNK: usize = 16;
 
-/// Vectors of the narrowest ISA (4 lanes) in a chunk.
-const CHUNK_VECTORS: usize = 4;
-
 /// What the members of a team share.
 pub(crate) struct Attention<'a, E> {
     pub(crate) qkv: &'a RowsMut<'a, f32>,
@@ -346,19 +343,25 @@ impl<E: Element> Page<'_, E> {
         let mut sums = [0.0f32; Q];
         // SAFETY: offsets stay below PAGE_SLOTS and CHUNK, both multiples of WIDTH; the caller promises the ISA.
         unsafe {
+            // Step by step for all queries: what one waits for, the others fill.
             for i in 0..Q {
-                let weights = &mut state.weights[at + i];
-                let mut page_max = L::load(weights.as_ptr());
+                let weights = state.weights[at + i].as_ptr();
+                let mut page_max = L::load(weights);
                 for slot in (L::WIDTH..PAGE_SLOTS).step_by(L::WIDTH) {
-                    page_max = page_max.max(L::load(weights.as_ptr().add(slot)));
+                    page_max = page_max.max(L::load(weights.add(slot)));
                 }
                 let max = state.max[at + i].max(largest(page_max));
                 factors[i] = state.max[at + i] - max;
                 state.max[at + i] = max;
+            }
+            for i in 0..Q {
+                let (weights, max) = (state.weights[at + i].as_mut_ptr(), L::splat(state.max[at + i]));
                 for slot in (0..PAGE_SLOTS).step_by(L::WIDTH) {
-                    let shifted = L::load(weights.as_ptr().add(slot)).sub(L::splat(max));
-                    exp(shifted).store(weights.as_mut_ptr().add(slot));
+                    exp(L::load(weights.add(slot)).sub(max)).store(weights.add(slot));
                 }
+            }
+            for i in 0..Q {
+                let weights = &mut state.weights[at + i];
                 weights[self.slots..].fill(0.0);
                 let mut sum = L::load(weights.as_ptr());
                 for slot in (L::WIDTH..PAGE_SLOTS).step_by(L::WIDTH) {
@@ -379,33 +382,63 @@ impl<E: Element> Page<'_, E> {
     /// `sums = sums * factor + weights * values`; slots in ascending order, those beyond `slots` not touched.
     #[inline(always)]
     unsafe fn accumulate<L: Lanes, const Q: usize>(&self, at: usize, factors: &[f32; CHUNK], state: &mut State) {
-        let values = self.values.as_ptr();
-        // SAFETY: `chunk + v * WIDTH + WIDTH <= stride`; the state holds `QUERIES_MAX` rows of at least `stride`.
+        // As many sums side by side as hide the time of an addition, and fit the registers.
+        let together = if L::WIDTH < CHUNK {
+            CHUNK / L::WIDTH
+        } else if Q <= 4 {
+            2
+        } else {
+            1
+        };
+        let mut first = 0;
+        while first < self.stride {
+            let left = (self.stride - first) / L::WIDTH;
+            // SAFETY: the caller's promise; whole vectors up to `stride`.
+            first += L::WIDTH
+                * unsafe {
+                    match left.min(together) {
+                        4.. => self.accumulate_columns::<L, Q, 4>(first, at, factors, state),
+                        2.. => self.accumulate_columns::<L, Q, 2>(first, at, factors, state),
+                        _ => self.accumulate_columns::<L, Q, 1>(first, at, factors, state),
+                    }
+                };
+        }
+    }
+
+    /// `V` vectors from column `first` on; returns `V`.
+    #[inline(always)]
+    unsafe fn accumulate_columns<L: Lanes, const Q: usize, const V: usize>(
+        &self,
+        first: usize,
+        at: usize,
+        factors: &[f32; CHUNK],
+        state: &mut State,
+    ) -> usize {
+        // SAFETY: `first + V * WIDTH <= stride`; the state holds `QUERIES_MAX` rows of at least `stride`.
         unsafe {
-            for chunk in (0..self.stride).step_by(CHUNK) {
-                let mut acc = [[L::zero(); CHUNK_VECTORS]; Q];
-                for i in 0..Q {
-                    for v in 0..CHUNK / L::WIDTH {
-                        let sums = state.sums.as_ptr().add((at + i) * self.stride + chunk + v * L::WIDTH);
-                        acc[i][v] = L::load(sums).mul(L::splat(factors[i]));
-                    }
+            let values = self.values.as_ptr().add(first);
+            let sums = state.sums.as_mut_ptr().add(at * self.stride + first);
+            let mut acc = [[L::zero(); V]; Q];
+            for i in 0..Q {
+                for v in 0..V {
+                    acc[i][v] = L::load(sums.add(i * self.stride + v * L::WIDTH)).mul(L::splat(factors[i]));
                 }
-                for slot in 0..self.slots {
-                    for v in 0..CHUNK / L::WIDTH {
-                        let value = E::load::<L>(values.add(slot * self.stride + chunk + v * L::WIDTH));
-                        for i in 0..Q {
-                            let weight = L::splat(*state.weights[at + i].get_unchecked(slot));
-                            acc[i][v] = weight.fma(value, acc[i][v]);
-                        }
-                    }
-                }
-                for i in 0..Q {
-                    for v in 0..CHUNK / L::WIDTH {
-                        let sums = state.sums.as_mut_ptr().add((at + i) * self.stride + chunk + v * L::WIDTH);
-                        acc[i][v].store(sums);
+            }
+            for slot in 0..self.slots {
+                for v in 0..V {
+                    let value = E::load::<L>(values.add(slot * self.stride + v * L::WIDTH));
+                    for i in 0..Q {
+                        let weight = L::splat(*state.weights[at + i].get_unchecked(slot));
+                        acc[i][v] = weight.fma(value, acc[i][v]);
                     }
                 }
             }
+            for i in 0..Q {
+                for v in 0..V {
+                    acc[i][v].store(sums.add(i * self.stride + v * L::WIDTH));
+                }
+            }
         }
+        V
     }
 }

@@ -52,13 +52,15 @@ fn check(x: &[u32], weights: &[u32], count: usize) {
     assert!(x.len() == blocks * BLOCK && weights.len() == blocks * BLOCK_WEIGHTS && count <= ROWS);
 }
 
-/// Splits `count` rows into runs of as many as registers allow.
+/// Splits `count` rows into as few runs as registers allow, as even as can be: a short run waits for its own sums.
 macro_rules! by_rows {
-    ($rows:ident::<$($run:literal),*>($x:expr, $weights:expr, $count:expr, $tile:expr)) => {{
+    ($rows:ident::<$most:literal, $($run:literal),*>($x:expr, $weights:expr, $count:expr, $tile:expr)) => {{
         let mut first = 0;
         while first < $count {
-            first += match $count - first {
-                $($run.. => $rows::<$run>($x, $weights, first, $tile),)*
+            let left: usize = $count - first;
+            first += match left.div_ceil(left.div_ceil($most)) {
+                $most => $rows::<$most>($x, $weights, first, $tile),
+                $($run => $rows::<$run>($x, $weights, first, $tile),)*
                 _ => $rows::<1>($x, $weights, first, $tile),
             };
         }
@@ -93,7 +95,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     pub(super) unsafe fn bf16(x: &[u32], weights: Weights<'_>, count: usize, tile: &mut Tile) {
         // SAFETY: the caller's promise.
-        unsafe { by_rows!(bf16_rows::<8, 4, 2>(x, (weights, count), count, tile)) }
+        unsafe { by_rows!(bf16_rows::<8, 7, 6, 5, 4, 3, 2>(x, (weights, count), count, tile)) }
     }
 
     /// # Safety
@@ -101,7 +103,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
     pub(super) unsafe fn int8(x: &[u32], weights: Weights<'_>, count: usize, tile: &mut Tile) {
         // SAFETY: the caller's promise.
-        unsafe { by_rows!(int8_rows::<8, 4, 2>(x, (weights, count), count, tile)) }
+        unsafe { by_rows!(int8_rows::<8, 7, 6, 5, 4, 3, 2>(x, (weights, count), count, tile)) }
     }
 
     /// Rows `first..first + M` of `count`; `$dot` adds the dots of a vector of weights with one broadcast group. Of the
@@ -171,7 +173,7 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     pub(super) unsafe fn int8(x: &[u32], weights: &[u32], count: usize, tile: &mut Tile) {
         // SAFETY: the caller's promise.
-        unsafe { by_rows!(rows::<4, 2>(x, weights, count, tile)) }
+        unsafe { by_rows!(rows::<4, 3, 2>(x, weights, count, tile)) }
     }
 
     /// # Safety
@@ -219,7 +221,7 @@ mod neon {
     /// `x` and `weights` hold equally many blocks.
     pub(super) unsafe fn int8(x: &[u32], weights: &[u32], count: usize, tile: &mut Tile) {
         // SAFETY: the caller's promise.
-        unsafe { by_rows!(rows::<4, 2>(x, weights, count, tile)) }
+        unsafe { by_rows!(rows::<4, 3, 2>(x, weights, count, tile)) }
     }
 
     /// # Safety

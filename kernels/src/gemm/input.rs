@@ -184,19 +184,29 @@ unsafe fn round_rows<L: Lanes>(job: &Rounding<'_>) {
                 // SAFETY: as above.
                 unsafe { job.desk.scales.range(job.at.scales + row * pieces + piece, 1)[0] = scale };
             } else {
-                round_bf16(x, lines);
+                // SAFETY: the caller's promise.
+                unsafe { round_bf16::<L>(x, lines) };
             }
         }
     }
 }
 
+/// # Safety
+/// The ISA of `L` must be present.
 #[inline(always)]
-fn round_bf16<'a>(x: &[f32], lines: impl Iterator<Item = &'a mut [u32]>) {
+unsafe fn round_bf16<'a, L: Lanes>(x: &[f32], lines: impl Iterator<Item = &'a mut [u32]>) {
     for (x, line) in x.chunks(2 * BLOCK_GROUPS).zip(lines) {
         // SAFETY: a line of 16 words is one of 32 half words; neither has invalid bits.
         let line = unsafe { std::slice::from_raw_parts_mut(line.as_mut_ptr().cast::<u16>(), 2 * BLOCK_GROUPS) };
+        let whole = x.len() / L::WIDTH * L::WIDTH;
+        for at in (0..whole).step_by(L::WIDTH) {
+            // SAFETY: whole vectors of a line that is as long as `x`; the caller's promise.
+            unsafe { L::load(x.as_ptr().add(at)).store_bf16(line.as_mut_ptr().add(at)) };
+        }
+        for (out, &x) in line[whole..].iter_mut().zip(&x[whole..]) {
+            *out = <bf16 as Element>::round(x).to_bits();
+        }
         line[x.len()..].fill(0);
-        line.iter_mut().zip(x).for_each(|(out, &x)| *out = <bf16 as Element>::round(x).to_bits());
     }
 }
 

@@ -8,6 +8,9 @@ pub(crate) mod avx512;
 pub(crate) mod neon;
 pub(crate) mod portable;
 
+use crate::kv::Element;
+use half::bf16;
+
 /// A vector of [`Lanes::WIDTH`] f32 values. Every lane does the same arithmetic, wherever it stands.
 ///
 /// Every function is unsafe because it needs its instruction set; pointers must be valid for `WIDTH` elements.
@@ -27,6 +30,18 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_int(from: *const i32, less: *const i32) -> Self;
     /// Unaligned store.
     unsafe fn store(self, to: *mut f32);
+    /// Unaligned store, rounded to bf16: to nearest even, and a NaN stays one.
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        let mut lanes = [0.0f32; 16];
+        // SAFETY: 16 is the widest; the caller promises the instruction set and `WIDTH` elements at `to`.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            for (i, &lane) in lanes[..Self::WIDTH].iter().enumerate() {
+                to.add(i).write(<bf16 as Element>::round(lane).to_bits());
+            }
+        }
+    }
     /// Sum.
     unsafe fn add(self, other: Self) -> Self;
     /// Difference.
@@ -129,6 +144,29 @@ mod tests {
         assert_eq!(expected[16 * 5..16 * 5 + 4], [1.0, 2.0, 4.0, 8.0]);
         for isa in Isa::available() {
             assert_eq!(dispatch!(isa, arithmetic()), expected, "{}", isa.name());
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn round<L: Lanes>(x: &[f32; 16]) -> [u16; 16] {
+        let mut out = [0; 16];
+        for i in (0..16).step_by(L::WIDTH) {
+            // SAFETY: arrays hold 16 lanes; dispatch promises the instruction set.
+            unsafe { L::load(x.as_ptr().add(i)).store_bf16(out.as_mut_ptr().add(i)) };
+        }
+        out
+    }
+
+    #[test]
+    fn every_isa_rounds_to_bf16_alike() {
+        let special = [0, 1, 0x7f7f_ffff, 0x7f80_0000, 0x7f80_0001, 0xffff_ffff, 0x3f80_8000, 0x3f81_8000];
+        let drawn = (0..1u32 << 16).map(|i| i.wrapping_mul(0x9e37_79b9));
+        let values: Vec<f32> = special.into_iter().chain(drawn).map(f32::from_bits).collect();
+        for x in values.as_chunks::<16>().0 {
+            let expected = x.map(|x| <bf16 as Element>::round(x).to_bits());
+            for isa in Isa::available() {
+                assert_eq!(dispatch!(isa, round(x)), expected, "{} {x:?}", isa.name());
+            }
         }
     }
 }
