@@ -107,11 +107,11 @@ impl Cpu {
     pub(crate) unsafe fn attend<E: Element>(&self, member: &Member<'_>, job: &Attention<'_, E>, runs: &Runs<'_>) {
         let kv_heads = job.shape.kv_heads;
         let tasks = job.rows.rows.len().div_ceil(TILE_ROWS) * kv_heads;
-        if let Some(parts) = runs.apart() {
-            return self.attend_apart(member, job, tasks, parts);
-        }
         // SAFETY: the caller's promise; each tile and head belongs to one task.
-        member.each(tasks, |task| unsafe { self.attend_tile(job, task / kv_heads, task % kv_heads) });
+        match runs.apart() {
+            Some(parts) => unsafe { self.attend_apart(member, job, tasks, parts) },
+            None => member.each(tasks, |task| unsafe { self.attend_tile(job, task / kv_heads, task % kv_heads) }),
+        }
     }
 
     /// One tile of rows with one key/value head.
@@ -119,16 +119,10 @@ impl Cpu {
     /// # Safety
     /// Nobody writes the tile's queries of the head, nor the head's cache, nor uses its part of `out`, at the same time.
     pub(crate) unsafe fn attend_tile<E: Element>(&self, job: &Attention<'_, E>, tile: usize, kv_head: usize) {
-        let splits = longest(&job.rows).div_ceil(SPLIT_SLOTS);
         STATE.with_borrow_mut(|state| {
-            dispatch!(self.isa(), run_tile(job, (tile, kv_head), 0..splits, &Sink::Output, state));
+            dispatch!(self.isa(), run_tile(job, (tile, kv_head), 0..usize::MAX, &Sink::Output, state));
         });
     }
-}
-
-/// The last slot that any row attends to.
-fn longest(rows: &RowTable<'_>) -> usize {
-    rows.rows.iter().map(|row| row.end as usize).max().unwrap_or(0)
 }
 
 /// # Safety
@@ -183,7 +177,7 @@ enum Sink<'a> {
     /// All runs are merged in turn and written out.
     Output,
     /// The one run is left for others to merge.
-    Parts(split::Parts<'a>),
+    Parts(&'a split::Parts<'a>),
 }
 
 /// Consecutive queries of one sequence and key/value head, counted row by row from row `first`.
@@ -192,7 +186,7 @@ struct Group<'a, E> {
     first: usize,
     kv_head: usize,
     query: usize,
-    /// Runs of [`SPLIT_SLOTS`] slots to attend to.
+    /// Runs of [`SPLIT_SLOTS`] slots to attend to, of those that there are.
     splits: Range<usize>,
     sink: &'a Sink<'a>,
 }
@@ -269,7 +263,7 @@ impl<E: Element> Group<'_, E> {
             // SAFETY: the caller's promise.
             let (keys, values) = unsafe { job.kv.read(page as usize, self.kv_head) };
             let slots = ends.map(|end| end.saturating_sub(index * PAGE_SLOTS).min(PAGE_SLOTS));
-            // SAFETY: `block` hands out whole pages, sources are `head_dim` long, the ISA is present.
+            // SAFETY: `read` hands out whole pages, sources are `head_dim` long, the ISA is present.
             unsafe {
                 if slots.iter().all(|&count| count == slots[0]) {
                     Page { keys, values, dims, stride, slots: slots[0] }.step::<L, Q>(sources, 0, state);

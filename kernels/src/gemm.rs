@@ -100,7 +100,6 @@ impl Cpu {
         let (m, width) = (x.len() / k, shape.width());
         assert_eq!(x.len(), m * k, "x must be (m, {k})");
         assert_eq!(out.len(), m * width, "out must be ({m}, {width})");
-        assert_eq!(shape.gated, matches!(epilogue, Epilogue::SiluMul), "gated products, and only they, end in SiluMul");
         if let Epilogue::Bias(bias) = epilogue {
             assert_eq!(bias.len(), width, "bias must have one element per column");
         }
@@ -128,6 +127,8 @@ impl Cpu {
         epilogue: Epilogue<'_>,
         out: &RowsMut<'_, f32>,
     ) {
+        let gated = matches!(epilogue, Epilogue::SiluMul);
+        assert_eq!(w.shape.gated, gated, "gated products, and only they, end in SiluMul");
         let few = w.bytes() <= CACHED_BYTES;
         let tasks = Tasks::new(w.shape().panels(), member.threads(), self.panels_at_once(), !few);
         let _registers = amx::Configured::new(self.isa());

@@ -283,42 +283,33 @@ impl<E: Element> Blocks<'_, E> {
         block.split_at(shape.head_dim * PAGE_SLOTS)
     }
 
-    /// Writes the keys of slots from `slot` on: rows of `head_dim` elements, `stride` apart in `rows`.
+    /// Writes the key of one slot.
     ///
     /// # Safety
     /// The blocks are those of [`KvCache::blocks_mut`]; no other thread may use keys of `kv_head` at the same time.
     #[inline(always)]
-    pub(crate) unsafe fn keys(&self, page: usize, kv_head: usize, slot: usize, rows: &[f32], stride: usize) {
-        let dims = self.cache.shape.head_dim;
-        let count = rows.len().div_ceil(stride);
-        assert!(slot + count <= PAGE_SLOTS && rows.len() == (count - 1) * stride + dims);
+    pub(crate) unsafe fn key(&self, page: usize, kv_head: usize, slot: usize, key: &[f32]) {
+        assert!(slot < PAGE_SLOTS && key.len() == self.cache.shape.head_dim);
         let start = self.cache.block_start::<E>(self.layer, page, kv_head) + slot;
-        for d in 0..dims {
-            for i in 0..count {
-                // SAFETY: `d < head_dim` and `slot + i < PAGE_SLOTS` stay inside the keys of the block, and
-                // `i * stride + d` inside the rows.
-                unsafe {
-                    self.base.add(start + d * PAGE_SLOTS + i).write(E::round(*rows.get_unchecked(i * stride + d)))
-                };
-            }
+        for (d, &x) in key.iter().enumerate() {
+            // SAFETY: `d < head_dim` and `slot < PAGE_SLOTS` stay inside the keys of the block.
+            unsafe { self.base.add(start + d * PAGE_SLOTS).write(E::round(x)) };
         }
     }
 
-    /// Writes the values of slots from `slot` on, as [`Blocks::keys`] does keys.
+    /// Writes the value of one slot.
     ///
     /// # Safety
-    /// As [`Blocks::keys`], for values.
+    /// As [`Blocks::key`], for values.
     #[inline(always)]
-    pub(crate) unsafe fn values(&self, page: usize, kv_head: usize, slot: usize, rows: &[f32], stride: usize) {
+    pub(crate) unsafe fn value(&self, page: usize, kv_head: usize, slot: usize, value: &[f32]) {
         let shape = &self.cache.shape;
-        let count = rows.len().div_ceil(stride);
-        assert!(slot + count <= PAGE_SLOTS && rows.len() == (count - 1) * stride + shape.head_dim);
-        let first = self.cache.block_start::<E>(self.layer, page, kv_head) + shape.head_dim * PAGE_SLOTS;
-        for (i, row) in rows.chunks(stride).enumerate() {
-            for (d, &value) in row[..shape.head_dim].iter().enumerate() {
-                // SAFETY: `(slot + i) * stride + head_dim` stays inside the values of the block.
-                unsafe { self.base.add(first + (slot + i) * shape.value_stride() + d).write(E::round(value)) };
-            }
+        assert!(slot < PAGE_SLOTS && value.len() == shape.head_dim);
+        let block = self.cache.block_start::<E>(self.layer, page, kv_head) + shape.head_dim * PAGE_SLOTS;
+        let start = block + slot * shape.value_stride();
+        for (d, &x) in value.iter().enumerate() {
+            // SAFETY: `slot * stride + head_dim` stays inside the values of the block.
+            unsafe { self.base.add(start + d).write(E::round(x)) };
         }
     }
 }
@@ -354,8 +345,8 @@ mod tests {
         let writer = cache.blocks_mut::<f32>().of(1);
         // SAFETY: one thread writes.
         unsafe {
-            writer.keys(2, 1, 31, &key, 8);
-            writer.values(2, 1, 0, &key, 8);
+            writer.key(2, 1, 31, &key);
+            writer.value(2, 1, 0, &key);
         }
         assert_eq!(cache.read(1, 2, 1, 31), (key.clone(), vec![0.0; 8]));
         assert_eq!(cache.read(1, 2, 1, 0), (vec![0.0; 8], key));

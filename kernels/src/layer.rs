@@ -29,8 +29,8 @@ pub struct AttentionWeights {
     pub qkv: Packed,
     /// One per column of `qkv`.
     pub bias: Option<Vec<f32>>,
-    /// Of every query, and of every key.
-    pub qk_norm: Option<[Norm; 2]>,
+    /// Weights of the norm of every query, and of that of every key; their `eps` is that of `norm`.
+    pub qk_norm: Option<[Vec<f32>; 2]>,
     /// Back to the stream, (hidden, `out_width`).
     pub out: Packed,
 }
@@ -45,7 +45,7 @@ pub struct FeedForwardWeights {
 
 impl AttentionWeights {
     fn qk_norm(&self) -> Option<QkNorm<'_>> {
-        self.qk_norm.as_ref().map(|[q, k]| QkNorm { q: &q.weight, k: &k.weight, eps: q.eps })
+        self.qk_norm.as_ref().map(|[q, k]| QkNorm { q, k, eps: self.norm.eps })
     }
 }
 
@@ -116,17 +116,17 @@ impl Half {
         hidden: usize,
         count: usize,
     ) -> usize {
-        let widths = self.products().map(|w| (w.n(), w.k()));
+        let products = self.products().map(|w| (w.n(), w.k(), w.shape().gated));
         match self {
             Half::Attention(weights) => {
                 let (qkv, out) = (rows.shape.qkv_width(), rows.shape.out_width());
                 kv.check(&rows.shape, weights.layer);
                 rows.rotary.check(&rows.shape, weights.qk_norm().as_ref(), &rows.table);
-                assert_eq!(widths, [(qkv, hidden), (hidden, out)], "the products of attention do not fit the heads");
-                assert!(
-                    weights.bias.as_ref().is_none_or(|bias| bias.len() == qkv),
-                    "bias must have one element per column"
-                );
+                let fit = [(qkv, hidden, false), (hidden, out, false)];
+                assert_eq!(products, fit, "the products of attention do not fit the heads");
+                assert_eq!(weights.norm.weight.len(), hidden, "a norm must have one weight per column");
+                let bias = weights.bias.as_ref();
+                assert!(bias.is_none_or(|bias| bias.len() == qkv), "bias must have one element per column");
                 assert_eq!(rows.table.rows.len(), count, "the stream must hold one row per entry of the table");
                 let (qkv, out) = (count * qkv, count * out);
                 assert!(
@@ -135,10 +135,11 @@ impl Half {
                 );
                 rows.left(weights.layer, kv.layers(), count)
             }
-            Half::FeedForward(FeedForwardWeights { expert, .. }) => {
+            Half::FeedForward(FeedForwardWeights { norm, expert }) => {
                 let width = expert.down.k();
-                assert_eq!(widths, [(2 * width, hidden), (hidden, width)], "the products do not fit each other");
-                assert!(expert.gate_up.shape().gated, "gates and ups must be packed together");
+                let fit = [(2 * width, hidden, true), (hidden, width, false)];
+                assert_eq!(products, fit, "the products of a feed-forward part do not fit each other");
+                assert_eq!(norm.weight.len(), hidden, "a norm must have one weight per column");
                 assert!(buffers.gated.len() >= count * width, "work space must hold the rows");
                 count
             }
@@ -154,13 +155,13 @@ impl StepRows<'_> {
 }
 
 impl Cpu {
-    /// Runs halves of layers on the rows of the stream. Returns how many rows are left.
+    /// Runs halves of layers, one or more, on the rows of the stream. Returns how many rows are left.
     ///
     /// # Panics
-    /// Lengths do not fit each other, or the rows name what the cache or the angles do not have.
+    /// There is no half, lengths do not fit each other, or the rows name what the cache or the angles do not have.
     pub fn halves(&self, halves: &[Half], rows: &StepRows<'_>, kv: &mut KvCache, buffers: StepBuffers<'_>) -> usize {
-        let Some(first) = halves.first() else { return 0 };
-        let hidden = first.products()[0].k();
+        let hidden = halves.first().map_or(0, |half| half.products()[0].k());
+        assert!(hidden > 0, "a step must have a half");
         let count = buffers.stream.len() / hidden;
         rows.table.check(kv.pages());
         assert_eq!(buffers.stream.len(), count * hidden, "the stream must be (rows, {hidden})");
@@ -205,10 +206,12 @@ impl Cpu {
                 };
                 self.pool().team(&|member| {
                     let mut count = count;
-                    for half in halves {
+                    for (i, half) in halves.iter().enumerate() {
+                        if i > 0 {
+                            member.meet();
+                        }
                         // SAFETY: nobody else uses what the step borrows, and members have met since the half before.
                         count = unsafe { self.half(member, &step, half, count) };
-                        member.meet();
                     }
                 });
             });
@@ -265,7 +268,7 @@ impl Cpu {
         let attention = Attention { qkv, shape, rows, kv, out: &step.mixed };
         // SAFETY: a head's columns and cache belong to one member until they have met.
         unsafe {
-            if rows.rows.len() > TILE_ROWS || step.runs.are_apart() {
+            if rows.rows.len() > TILE_ROWS || step.runs.apart().is_some() {
                 self.append(member, &append);
                 member.meet();
                 return self.attend(member, &attention, step.runs);

@@ -263,7 +263,7 @@ impl Cpu {
         packed
     }
 
-    fn fill_panels<T: Send>(
+    fn fill_panels<T: Send + Sync>(
         &self,
         shape: &ProductShape,
         lines: &mut [T],

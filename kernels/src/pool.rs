@@ -432,6 +432,22 @@ mod tests {
         }
     }
 
+    /// Members that wait long for the last one park, and are woken.
+    #[test]
+    fn members_that_wait_for_a_slow_one_wake() {
+        for threads in [2, 5] {
+            let pool = Pool::new(threads);
+            for round in 0..50 {
+                pool.team(&|member| {
+                    if member.index() == round % threads {
+                        (0..200_000).for_each(|_| std::hint::spin_loop());
+                    }
+                    member.meet();
+                });
+            }
+        }
+    }
+
     #[test]
     fn a_panic_before_a_meeting_ends_the_team() {
         let pool = Pool::new(3);

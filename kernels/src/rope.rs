@@ -4,7 +4,7 @@ use half::bf16;
 use std::sync::OnceLock;
 
 use crate::Cpu;
-use crate::kv::{Blocks, Element, HeadShape, KvCache, KvType, PAGE_SLOTS, Row, RowTable};
+use crate::kv::{Blocks, Element, HeadShape, KvCache, KvType, PAGE_SLOTS, RowTable};
 use crate::lanes::Lanes;
 use crate::norm::rms_scale;
 use crate::pool::Member;
@@ -163,10 +163,10 @@ impl Cpu {
 unsafe fn append_column<L: Lanes>(job: &Append<'_, impl Element>, column: usize) {
     let (dims, width) = (job.shape.head_dim, job.shape.qkv_width());
     let (first_key, first_value) = (job.shape.heads, job.shape.heads + job.shape.kv_heads);
-    if column < first_value {
-        for (i, row) in job.rows.rows.iter().enumerate() {
-            // SAFETY: columns of different tasks do not overlap.
-            let head = unsafe { job.qkv.range(i * width + column * dims, dims) };
+    for (i, row) in job.rows.rows.iter().enumerate() {
+        // SAFETY: columns of different tasks do not overlap.
+        let head = unsafe { job.qkv.range(i * width + column * dims, dims) };
+        if column < first_value {
             if let Some(norms) = &job.norms {
                 let scale = rms_scale(head, norms.eps);
                 let weight = if column < first_key { norms.q } else { norms.k };
@@ -174,31 +174,17 @@ unsafe fn append_column<L: Lanes>(job: &Append<'_, impl Element>, column: usize)
             }
             job.rotary.rotate(head, row.position as usize);
         }
-    }
-    if column < first_key {
-        return;
-    }
-    // Rows that follow each other in one page: a vector of keys runs along slots.
-    let mut first = 0;
-    while let Some(row) = job.rows.rows.get(first) {
-        let (page, slot) = (row.position as usize / PAGE_SLOTS, row.position as usize % PAGE_SLOTS);
-        let follows = |(i, next): &(usize, &Row)| {
-            next.sequence == row.sequence
-                && next.position as usize == row.position as usize + i
-                && slot + i < PAGE_SLOTS
-        };
-        let count = job.rows.rows[first..].iter().enumerate().take_while(follows).count();
-        let page = job.rows.tables[row.sequence as usize][page] as usize;
-        // SAFETY: columns of different tasks do not overlap, and one task writes the keys or values of a head.
-        unsafe {
-            let run = job.qkv.range(first * width + column * dims, (count - 1) * width + dims);
-            if column >= first_value {
-                job.kv.values(page, column - first_value, slot, run, width);
-            } else {
-                job.kv.keys(page, column - first_key, slot, run, width);
+        if column >= first_key {
+            let (page, slot) = (row.position as usize / PAGE_SLOTS, row.position as usize % PAGE_SLOTS);
+            let page = job.rows.tables[row.sequence as usize][page] as usize;
+            // SAFETY: one task writes the keys or values of a head.
+            unsafe {
+                match column.checked_sub(first_value) {
+                    Some(kv_head) => job.kv.value(page, kv_head, slot, head),
+                    None => job.kv.key(page, column - first_key, slot, head),
+                }
             }
         }
-        first += count;
     }
 }
 

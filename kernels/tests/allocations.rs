@@ -4,8 +4,8 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use unmask_kernels::{
-    Bans, Cpu, Draw, Epilogue, HeadShape, Isa, KvCache, KvType, PAGE_SLOTS, ProductShape, QkNorm, Record, Rotary, Row,
-    RowTable, WeightType,
+    AttentionWeights, Bans, Cpu, Draw, Epilogue, Expert, FeedForwardWeights, Half, HeadShape, Isa, KvCache, KvType,
+    Norm, PAGE_SLOTS, ProductShape, QkNorm, Record, Rotary, Row, RowTable, StepBuffers, StepRows, WeightType,
 };
 
 struct Counting;
@@ -64,6 +64,25 @@ fn operations_take_no_memory_once_their_buffers_have_grown() {
             let (mut qkv, mut mixed) = (vec![0.0; ROWS * HEADS.qkv_width()], vec![0.0; ROWS * HEADS.out_width()]);
             let (bans, draws) = (Bans { vocab: VOCAB, ..Bans::default() }, [Draw::default(); ROWS]);
             let mut records = [Record::default(); ROWS];
+            let norm = || Norm { weight: weight.clone(), eps: 1e-6 };
+            let halves = [
+                Half::Attention(AttentionWeights {
+                    layer: 0,
+                    norm: norm(),
+                    qkv: cpu.pack_rows(ProductShape::new(HEADS.qkv_width(), HIDDEN), dtype, &fill),
+                    bias: None,
+                    qk_norm: Some([ones.clone(), ones.clone()]),
+                    out: cpu.pack_rows(ProductShape::new(HIDDEN, HEADS.out_width()), dtype, &fill),
+                }),
+                Half::FeedForward(FeedForwardWeights {
+                    norm: norm(),
+                    expert: Expert {
+                        gate_up: cpu.pack_rows(gated, dtype, &fill),
+                        down: cpu.pack_rows(ProductShape::new(HIDDEN, HIDDEN), dtype, &fill),
+                    },
+                }),
+            ];
+            let of_halves = StepRows { shape: HEADS, rotary: &rotary, table: rows, outputs: &ids };
             let mut step = || {
                 cpu.embed_tied(&ids, &head, 0, &mut stream);
                 cpu.rms_norm(&stream, &weight, 1e-6, &mut normed);
@@ -72,6 +91,8 @@ fn operations_take_no_memory_once_their_buffers_have_grown() {
                 cpu.attention(&qkv, &HEADS, &rows, 0, &kv, &mut mixed);
                 cpu.gemm(&mixed, &down, Epilogue::Add, &mut stream);
                 cpu.gemm(&stream, &gate_up, Epilogue::SiluMul, &mut normed);
+                let (stream, qkv, mixed, gated) = (&mut stream, &mut qkv, &mut mixed, &mut normed);
+                cpu.halves(&halves, &of_halves, &mut kv, StepBuffers { stream, partial: None, qkv, mixed, gated });
                 cpu.vocab_reduce(&normed, &head, &bans, &draws, &mut records);
             };
             // Either thread may come first to a kind of task: a few steps until both have been everywhere.

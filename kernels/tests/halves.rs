@@ -2,15 +2,13 @@
 
 use unmask_kernels::{
     AttentionWeights, Cpu, Epilogue, Expert, FeedForwardWeights, Half, HeadShape, Isa, KvCache, KvType, Norm,
-    ProductShape, QkNorm, Rotary, Row, RowTable, StepBuffers, StepRows, WeightType,
+    PAGE_SLOTS, ProductShape, QkNorm, Rotary, Row, RowTable, StepBuffers, StepRows, WeightType,
 };
 
 const HIDDEN: usize = 128;
 const WIDTH: usize = 224;
 const LAYERS: usize = 2;
 const HEADS: HeadShape = HeadShape { heads: 4, kv_heads: 2, head_dim: 32 };
-/// Positions before the rows of the only sequence.
-const CONTEXT: u32 = 40;
 
 fn noise(seed: usize, out: &mut [f32]) {
     let value = |i: usize| ((seed * 7919 + i * 104_729) % 1009) as f32 / 1009.0 - 0.5;
@@ -35,7 +33,7 @@ fn layers(cpu: &Cpu, dtype: WeightType, bias: bool) -> Vec<Half> {
                 norm: norm(layer, HIDDEN),
                 qkv: product(layer + 100, ProductShape::new(HEADS.qkv_width(), HIDDEN)),
                 bias: bias.then_some(biases),
-                qk_norm: (!bias).then(|| [norm(7, HEADS.head_dim), norm(8, HEADS.head_dim)]),
+                qk_norm: (!bias).then(|| [7, 8].map(|seed| norm(seed, HEADS.head_dim).weight)),
                 out: product(layer + 200, ProductShape::new(HIDDEN, HEADS.out_width()).in_pieces()),
             }),
             Half::FeedForward(FeedForwardWeights {
@@ -60,7 +58,7 @@ fn one_by_one(cpu: &Cpu, halves: &[Half], rows: &StepRows<'_>, kv: &mut KvCache,
             Half::Attention(AttentionWeights { layer, norm, qkv: w, bias, qk_norm, out }) => {
                 cpu.rms_norm(stream, &norm.weight, norm.eps, &mut normed);
                 cpu.gemm(&normed, w, bias.as_deref().map_or(Epilogue::Store, Epilogue::Bias), &mut qkv);
-                let norms = qk_norm.as_ref().map(|[q, k]| QkNorm { q: &q.weight, k: &k.weight, eps: q.eps });
+                let norms = qk_norm.as_ref().map(|[q, k]| QkNorm { q, k, eps: norm.eps });
                 cpu.rope_append(&mut qkv, &HEADS, rows.rotary, norms, &rows.table, *layer, kv);
                 cpu.attention(&qkv, &HEADS, &rows.table, *layer, kv, &mut mixed);
                 if layer + 1 == LAYERS {
@@ -81,50 +79,97 @@ fn one_by_one(cpu: &Cpu, halves: &[Half], rows: &StepRows<'_>, kv: &mut KvCache,
     }
 }
 
+/// Rows of one sequence behind `context` positions, and those that go on after the last attention.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    context: u32,
+    count: usize,
+    outputs: usize,
+    /// The rows are shared out among so many sequences.
+    sequences: usize,
+}
+
+fn case(context: u32, count: usize, outputs: usize, sequences: usize) -> Case {
+    Case { context, count, outputs, sequences }
+}
+
+impl Case {
+    fn table(&self) -> Vec<Row> {
+        let each = self.count / self.sequences;
+        let row = |i: usize| {
+            let (sequence, at) = ((i / each) as u32, (i % each) as u32);
+            Row { sequence, position: self.context + at, end: self.context + each as u32 }
+        };
+        (0..self.count).map(row).collect()
+    }
+
+    fn outputs(&self) -> Vec<u32> {
+        let last = (0..self.count as u32).rev().step_by(self.count / self.outputs.max(1)).take(self.outputs);
+        let mut outputs: Vec<u32> = last.collect();
+        outputs.reverse();
+        outputs
+    }
+}
+
 fn halves_are_their_operations(isa: Isa, threads: usize, dtype: WeightType, kv_type: KvType) {
     let (cpu, alone) = (Cpu::new(isa, threads), Cpu::new(isa, 1));
     let halves = layers(&alone, dtype, kv_type == KvType::F32);
-    let rotary = Rotary::new(HEADS.head_dim, HEADS.head_dim, 1e4, 256);
-    // One thread's own rows, rows that threads share, and outputs that go from these to those.
-    for (count, outputs) in [(1, 1), (3, 2), (8, 8), (9, 0), (70, 60), (100, 3)] {
-        let end = CONTEXT + count as u32;
-        let table: Vec<Row> = (CONTEXT..end).map(|position| Row { sequence: 0, position, end }).collect();
-        let outputs: Vec<u32> = (0..count as u32).rev().step_by(count / outputs.max(1)).take(outputs).collect();
-        let outputs: Vec<u32> = outputs.into_iter().rev().collect();
-        let pages: Vec<u32> = (0..8).rev().collect();
-        let tables = [pages.as_slice()];
+    let rotary = Rotary::new(HEADS.head_dim, HEADS.head_dim, 1e4, 2048);
+    // Rows that threads make for themselves, that they share, and that go from these to those; keys in one run and in several.
+    let near = [(1, 1, 1), (3, 2, 1), (8, 8, 2), (9, 0, 1), (70, 60, 2), (100, 3, 1)];
+    let near = near.map(|(count, outputs, sequences)| case(40, count, outputs, sequences));
+    for case in near.into_iter().chain([case(1500, 1, 1, 1), case(1500, 9, 4, 1)]) {
+        let (table, outputs) = (case.table(), case.outputs());
+        let per_sequence = (case.context as usize + case.count).div_ceil(PAGE_SLOTS) as u32;
+        let pages = case.sequences as u32 * per_sequence;
+        let tables: Vec<Vec<u32>> = (0..case.sequences as u32)
+            .map(|sequence| (sequence * per_sequence..(sequence + 1) * per_sequence).rev().collect())
+            .collect();
+        let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
         let rows = StepRows {
             shape: HEADS,
             rotary: &rotary,
             table: RowTable { rows: &table, tables: &tables },
             outputs: &outputs,
         };
-        let mut expected = vec![0.0; count * HIDDEN];
-        noise(count, &mut expected);
+        let new_kv = || KvCache::new(LAYERS, &HEADS, pages as usize, kv_type);
+        let mut given = vec![0.0; case.count * HIDDEN];
+        noise(case.count, &mut given);
+        let (mut expected, mut expected_kv) = (given.clone(), new_kv());
+        one_by_one(&alone, &halves, &rows, &mut expected_kv, &mut expected);
         for together in [2 * LAYERS, 1] {
-            let mut stream = expected.clone();
-            let mut kv = KvCache::new(LAYERS, &HEADS, 8, kv_type);
-            let (mut qkv, mut mixed) = (vec![0.0; count * HEADS.qkv_width()], vec![0.0; count * HEADS.out_width()]);
-            let (mut gated, mut left) = (vec![0.0; count * WIDTH], count);
-            for halves in halves.chunks(together) {
-                let stream = &mut stream[..left * HIDDEN];
-                let (qkv, mixed, gated) = (&mut qkv, &mut mixed, &mut gated);
-                left = cpu.halves(halves, &rows, &mut kv, StepBuffers { stream, partial: None, qkv, mixed, gated });
-            }
-            let (mut one_by_one_stream, mut other) = (expected.clone(), KvCache::new(LAYERS, &HEADS, 8, kv_type));
-            one_by_one(&alone, &halves, &rows, &mut other, &mut one_by_one_stream);
+            let what = format!("{} x{threads} {} {kv_type:?} {case:?}", isa.name(), dtype.name());
+            let (mut stream, mut kv) = (given.clone(), new_kv());
+            let left = run(&cpu, &halves, together, &rows, &mut kv, &mut stream);
             assert_eq!(left, outputs.len());
-            let what = format!("{} x{threads} {} {kv_type:?} {count} rows", isa.name(), dtype.name());
-            assert!(stream[..left * HIDDEN] == one_by_one_stream[..], "{what}");
-            let same = |slot: u32| {
-                let (page, slot) = (pages[slot as usize / 32] as usize, slot as usize % 32);
-                (0..LAYERS).all(|layer| {
-                    (0..2).all(|head| kv.read(layer, page, head, slot) == other.read(layer, page, head, slot))
-                })
-            };
-            assert!((CONTEXT..end).all(same), "{what}: cache");
+            assert!(stream[..left * HIDDEN] == expected[..], "{what}");
+            for (row, layer, head) in table.iter().flat_map(|row| (0..4).map(move |i| (row, i / 2, i % 2))) {
+                let page = tables[row.sequence as usize][row.position as usize / PAGE_SLOTS] as usize;
+                let read = |kv: &KvCache| kv.read(layer, page, head, row.position as usize % PAGE_SLOTS);
+                assert_eq!(read(&kv), read(&expected_kv), "{what}: {row:?}");
+            }
         }
     }
+}
+
+/// So many halves at a time; returns how many rows are left.
+fn run(
+    cpu: &Cpu,
+    halves: &[Half],
+    together: usize,
+    rows: &StepRows<'_>,
+    kv: &mut KvCache,
+    stream: &mut [f32],
+) -> usize {
+    let mut left = rows.table.rows.len();
+    let (mut qkv, mut mixed) = (vec![0.0; left * HEADS.qkv_width()], vec![0.0; left * HEADS.out_width()]);
+    let mut gated = vec![0.0; left * WIDTH];
+    for halves in halves.chunks(together) {
+        let stream = &mut stream[..left * HIDDEN];
+        let (qkv, mixed, gated) = (&mut qkv, &mut mixed, &mut gated);
+        left = cpu.halves(halves, rows, kv, StepBuffers { stream, partial: None, qkv, mixed, gated });
+    }
+    left
 }
 
 #[test]
@@ -139,29 +184,35 @@ fn halves_give_the_bits_of_their_operations() {
     }
 }
 
-/// What ranks make of a half, they add themselves.
+/// What ranks make of a half, they add themselves; of the rows that are left where not all go on.
 #[test]
 fn a_part_of_a_sum_leaves_the_stream_alone() {
     let cpu = Cpu::new(Isa::available()[0], 2);
     let halves = layers(&cpu, WeightType::Bf16, false);
     let rotary = Rotary::new(HEADS.head_dim, HEADS.head_dim, 1e4, 64);
-    let table = [Row { sequence: 0, position: 0, end: 1 }];
-    let tables: [&[u32]; 1] = [&[0]];
-    let rows =
-        StepRows { shape: HEADS, rotary: &rotary, table: RowTable { rows: &table, tables: &tables }, outputs: &[0] };
-    let mut before = vec![0.0; HIDDEN];
+    let case = case(0, 5, 2, 1);
+    let (table, outputs) = (case.table(), case.outputs());
+    let table = RowTable { rows: &table, tables: &[&[0]] };
+    let rows = StepRows { shape: HEADS, rotary: &rotary, table, outputs: &outputs };
+    let mut before = vec![0.0; 5 * HIDDEN];
     noise(1, &mut before);
     for half in halves.chunks(1) {
         let [mut whole, mut stream] = [before.clone(), before.clone()];
-        let mut partial = vec![0.0; HIDDEN];
+        let (mut partial, mut left) = (vec![0.0; 5 * HIDDEN], 0);
         for (stream, partial) in [(&mut whole, None), (&mut stream, Some(partial.as_mut_slice()))] {
             let mut kv = KvCache::new(LAYERS, &HEADS, 1, KvType::F32);
-            let (mut qkv, mut mixed) = (vec![0.0; HEADS.qkv_width()], vec![0.0; HEADS.out_width()]);
-            let (qkv, mixed, gated) = (&mut qkv, &mut mixed, &mut [0.0; WIDTH]);
-            cpu.halves(half, &rows, &mut kv, StepBuffers { stream, partial, qkv, mixed, gated });
+            let (qkv, mixed) = (&mut [0.0; 5 * 8 * 32], &mut [0.0; 5 * 4 * 32]);
+            left = cpu.halves(
+                half,
+                &rows,
+                &mut kv,
+                StepBuffers { stream, partial, qkv, mixed, gated: &mut [0.0; 5 * WIDTH] },
+            );
         }
-        assert_eq!(stream, before);
-        let sum: Vec<f32> = before.iter().zip(&partial).map(|(x, y)| x + y).collect();
-        assert_eq!(sum, whole);
+        let kept = if left == 5 { (0..5).collect() } else { outputs.clone() };
+        let kept: Vec<f32> = kept.iter().flat_map(|&row| &before[row as usize * HIDDEN..][..HIDDEN]).copied().collect();
+        assert_eq!(stream[..left * HIDDEN], kept);
+        let sum: Vec<f32> = kept.iter().zip(&partial).map(|(x, y)| x + y).collect();
+        assert_eq!(sum, whole[..left * HIDDEN]);
     }
 }

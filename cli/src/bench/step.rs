@@ -130,7 +130,7 @@ pub fn run(args: &StepArgs) -> anyhow::Result<ExitCode> {
         let mut scene = Scene::new(&model, *args.rows.iter().max().unwrap_or(&1), args.context);
         scene.check()?;
         for &rows in &args.rows {
-            let (roof, times) = meter.beside(&roof, model.weight_bytes(), || scene.measure(rows as usize));
+            let (roof, times) = meter.beside(&roof, model.weight_bytes(), || scene.measure_operations(rows as usize));
             let memory = Memory {
                 packed_weights_bytes: model.weight_bytes(),
                 kv_bytes: scene.kv.bytes(),
@@ -163,12 +163,15 @@ struct Clock {
     spent: BTreeMap<Operation, Duration>,
 }
 
+/// Time of a step (milliseconds), and of its operations.
+type Watched = (f64, BTreeMap<Operation, Duration>);
+
 /// Times of steps.
-pub(super) struct Times {
+struct Times {
     /// Of whole steps (milliseconds).
-    pub(super) steps: Vec<f64>,
-    /// Of other steps whose operations were watched, which takes a little longer: all of it (milliseconds), and its parts.
-    watched: Vec<(f64, BTreeMap<Operation, Duration>)>,
+    steps: Vec<f64>,
+    /// Of other steps, which take a little longer for being watched.
+    watched: Vec<Watched>,
 }
 
 impl Link for Clock {
@@ -245,21 +248,35 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// Times of steps of `rows` rows.
-    pub(super) fn measure(&mut self, rows: usize) -> Times {
+    /// Times of steps of `rows` rows (milliseconds).
+    pub(super) fn measure(&mut self, rows: usize) -> Vec<f64> {
+        self.turns(rows, |scene, records| scene.timed(rows, records, false).0)
+    }
+
+    /// Times of steps of `rows` rows, in turn with those of steps whose operations are watched.
+    fn measure_operations(&mut self, rows: usize) -> Times {
+        let turns =
+            self.turns(rows, |scene, records| (scene.timed(rows, records, false).0, scene.timed(rows, records, true)));
+        let (steps, watched) = turns.into_iter().unzip();
+        Times { steps, watched }
+    }
+
+    /// Milliseconds of a step, and what its operations took.
+    fn timed(&mut self, rows: usize, records: &mut Vec<Record>, watches: bool) -> Watched {
+        let start = Instant::now();
+        let clock = self.step(rows, records, watches);
+        (start.elapsed().as_secs_f64() * 1e3, clock.spent)
+    }
+
+    /// What turns give, until there are enough.
+    fn turns<T>(&mut self, rows: usize, mut turn: impl FnMut(&mut Self, &mut Vec<Record>) -> T) -> Vec<T> {
         let mut records = Vec::new();
         self.step(rows, &mut records, false);
-        let (begun, mut times) = (Instant::now(), Times { steps: Vec::new(), watched: Vec::new() });
-        let mut timed = |watches| {
-            let start = Instant::now();
-            let clock = self.step(rows, &mut records, watches);
-            (start.elapsed().as_secs_f64() * 1e3, clock.spent)
-        };
-        while times.steps.len() < STEPS_MIN || (begun.elapsed() < TIME && times.steps.len() < STEPS_MAX) {
-            times.steps.push(timed(false).0);
-            times.watched.push(timed(true));
+        let (begun, mut all) = (Instant::now(), Vec::new());
+        while all.len() < STEPS_MIN || (begun.elapsed() < TIME && all.len() < STEPS_MAX) {
+            all.push(turn(self, &mut records));
         }
-        times
+        all
     }
 }
 

@@ -106,7 +106,7 @@ fn measure(args: &StreamsArgs, model: &Arc<Model>, streams: u32, machine: &Machi
     let (times, all_rows_per_s) = engine_steps(args, model, streams)?;
     let mut scene = Scene::new(model, rows, args.context + BLOCKS * BLOCK as u32 / 2);
     scene.check()?;
-    let bare_ms = median(scene.measure(rows as usize).steps.into_iter());
+    let bare_ms = median(scene.measure(rows as usize).into_iter());
     let engine_ms = median(times.iter().copied());
     Ok(Measured {
         shape: args.shape.name().into(),

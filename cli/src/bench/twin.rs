@@ -251,7 +251,7 @@ fn step(meter: &Meter, roof: &Roof, model: &Model, rows: u32) -> Step {
     let mut scene = Scene::new(model, rows, CONTEXT);
     let (roof, times) = meter.beside(roof, model.weight_bytes(), || scene.measure(rows as usize));
     let floors = floors(model.config(), model.weight_bytes(), &roof, model.dtype(), rows as usize, CONTEXT as usize);
-    Step { rows, ms: median(times.steps.into_iter()), floor_ms: floors.values().sum() }
+    Step { rows, ms: median(times.into_iter()), floor_ms: floors.values().sum() }
 }
 
 fn table(all: &[Compared]) -> String {

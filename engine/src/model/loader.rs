@@ -155,11 +155,12 @@ pub(super) struct Loader<'a> {
 
 impl Loader<'_> {
     pub(super) fn norm(&self) -> Norm {
-        self.norm_of(self.config.family.names.norm, self.config.hidden)
+        self.norm_of(self.config.family.names.norm)
     }
 
-    fn norm_of(&self, name: &str, width: u32) -> Norm {
-        Norm { weight: self.source.vector(&format!("{name}.weight"), width as usize), eps: self.config.rms_eps }
+    fn norm_of(&self, name: &str) -> Norm {
+        let weight = self.source.vector(&format!("{name}.weight"), self.config.hidden as usize);
+        Norm { weight, eps: self.config.rms_eps }
     }
 
     fn embedding_name(&self) -> String {
@@ -204,11 +205,11 @@ impl Loader<'_> {
 
     fn attention(&self, layer: u32, at: &dyn Fn(&str) -> String) -> Half {
         let (names, heads) = (self.config.family.names, &self.config.heads);
-        let norm = |name| self.norm_of(&at(name), heads.head_dim as u32);
+        let norm = |name| self.source.vector(&format!("{}.weight", at(name)), heads.head_dim);
         let out = ProductShape::new(self.config.hidden as usize, heads.out_width());
         Half::Attention(AttentionWeights {
             layer: layer as usize,
-            norm: self.norm_of(&at(names.attention_norm), self.config.hidden),
+            norm: self.norm_of(&at(names.attention_norm)),
             qkv: self.qkv(at),
             bias: self.config.qkv_bias.then(|| self.qkv_bias(at)),
             qk_norm: self.config.qk_norm.then(|| [names.q_norm, names.k_norm].map(norm)),
@@ -219,7 +220,7 @@ impl Loader<'_> {
     fn feed_forward(&self, at: &dyn Fn(&str) -> String) -> Half {
         let names = self.config.family.names;
         Half::FeedForward(FeedForwardWeights {
-            norm: self.norm_of(&at(names.ffn_norm), self.config.hidden),
+            norm: self.norm_of(&at(names.ffn_norm)),
             expert: self.expert(self.config.ffn, &|name| at(&names.dense(name))),
         })
     }
@@ -229,7 +230,7 @@ impl Loader<'_> {
         let router = format!("{}.weight", at(&names.router()));
         let shape = ProductShape::new(count, self.config.hidden as usize);
         Experts {
-            norm: self.norm_of(&at(names.ffn_norm), self.config.hidden),
+            norm: self.norm_of(&at(names.ffn_norm)),
             router: self.cpu.pack_rows(shape, WeightType::F32, &|row, out| self.source.row(&router, row, out)),
             bias: self.source.vector(&at(&names.expert_bias()), if moe.bias { count } else { 0 }),
             experts: (0..count as u32).map(|e| self.expert(moe.ffn, &|name| at(&names.expert(e, name)))).collect(),

@@ -1,6 +1,6 @@
 //! Runs of slots that are attended to apart, and how their results become one.
 
-use super::{Attention, SPLIT_SLOTS, STATE, Sink, TASKS_PER_THREAD, TILE_ROWS, longest, run_tile};
+use super::{Attention, SPLIT_SLOTS, STATE, Sink, TASKS_PER_THREAD, TILE_ROWS, run_tile};
 use crate::Cpu;
 use crate::exp::exp;
 use crate::kv::{Element, HEAD_DIM_MAX, HeadShape, RowTable};
@@ -23,7 +23,7 @@ thread_local! {
 }
 
 /// Results of every row, head and run.
-pub(super) struct Parts<'a> {
+pub(crate) struct Parts<'a> {
     results: RowsMut<'a, f32>,
     heads: usize,
     splits: usize,
@@ -45,17 +45,11 @@ impl Parts<'_> {
     }
 }
 
-/// Whether the runs of slots of a call are tasks, and then where their results go.
-pub(crate) struct Runs<'a>(Option<Sink<'a>>);
+/// Where the results of runs of slots go, when these are tasks of their own.
+pub(crate) struct Runs<'a>(Option<Parts<'a>>);
 
-impl Runs<'_> {
-    /// Whether runs are tasks of their own.
-    pub(crate) fn are_apart(&self) -> bool {
-        self.0.is_some()
-    }
-
-    /// Where results go when they are.
-    pub(super) fn apart(&self) -> Option<&Sink<'_>> {
+impl<'a> Runs<'a> {
+    pub(crate) fn apart(&self) -> Option<&Parts<'a>> {
         self.0.as_ref()
     }
 }
@@ -64,7 +58,8 @@ impl Cpu {
     /// Calls `run` with what attention of `rows` needs.
     pub(crate) fn with_runs(&self, shape: &HeadShape, rows: &RowTable<'_>, run: impl FnOnce(&Runs<'_>)) {
         let tasks = rows.rows.len().div_ceil(TILE_ROWS) * shape.kv_heads;
-        let splits = longest(rows).div_ceil(SPLIT_SLOTS);
+        let longest = rows.rows.iter().map(|row| row.end as usize).max().unwrap_or(0);
+        let splits = longest.div_ceil(SPLIT_SLOTS);
         if splits <= 1 || tasks >= TASKS_PER_THREAD * self.pool().threads() {
             return run(&Runs(None));
         }
@@ -73,25 +68,28 @@ impl Cpu {
             let len = rows.rows.len() * heads * splits * width(dims);
             results.resize(len.max(results.len()), 0.0);
             let parts = Parts { results: RowsMut::new(&mut results[..len]), heads, splits, dims };
-            run(&Runs(Some(Sink::Parts(parts))));
+            run(&Runs(Some(parts)));
         });
     }
 
-    /// Attention whose runs of slots are tasks: `tasks` tiles and heads with as many runs each as `sink` has room for.
-    pub(super) fn attend_apart<E: Element>(
+    /// This member's part of attention whose runs of slots are tasks: `tasks` tiles and heads with `parts.splits` each.
+    ///
+    /// # Safety
+    /// As [`Cpu::attend`].
+    pub(super) unsafe fn attend_apart<E: Element>(
         &self,
         member: &Member<'_>,
         job: &Attention<'_, E>,
         tasks: usize,
-        sink: &Sink<'_>,
+        parts: &Parts<'_>,
     ) {
-        let Sink::Parts(parts) = sink else { return };
+        let sink = Sink::Parts(parts);
         let (kv_heads, splits) = (job.shape.kv_heads, parts.splits);
         member.each(tasks * splits, |task| {
             let (task, split) = (task / splits, task % splits);
             let (tile, kv_head) = (task / kv_heads, task % kv_heads);
             STATE.with_borrow_mut(|state| {
-                dispatch!(self.isa(), run_tile(job, (tile, kv_head), split..split + 1, sink, state));
+                dispatch!(self.isa(), run_tile(job, (tile, kv_head), split..split + 1, &sink, state));
             });
         });
         member.meet();

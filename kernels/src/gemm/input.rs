@@ -29,9 +29,9 @@ pub(crate) enum Input<'a> {
     Groups { blocks: &'a [u32], scales: &'a [f32] },
 }
 
-/// Elements of a [`Desk`], all copies together.
+/// Elements of a [`Desk`]: of one copy, of several, or before one.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct Room {
+struct Room {
     normed: usize,
     blocks: usize,
     scales: usize,
@@ -52,6 +52,7 @@ struct Buffers {
 }
 
 thread_local! {
+    /// The desk of teams that this thread calls.
     static BUFFERS: RefCell<Buffers> = RefCell::default();
 }
 
@@ -61,7 +62,9 @@ impl Room {
         let mut room = Room { normed: if normed { rows * w.k() } else { 0 }, ..Room::default() };
         if matches!(w.panels, Panels::Groups(_)) {
             room.blocks = rows.div_ceil(ROWS) * tile(w);
-            room.scales = if w.dtype() == WeightType::Int8 { rows * w.shape.pieces } else { 0 };
+            // Whole lines of memory, so that no copy lies in another's.
+            let scales = (rows * w.shape.pieces).next_multiple_of(BLOCK_GROUPS);
+            room.scales = if w.dtype() == WeightType::Int8 { scales } else { 0 };
         }
         room
     }

@@ -44,9 +44,11 @@ impl<'a> OneRow<'a> {
         let size = self.x.len() / BLOCK * BLOCK_WEIGHTS;
         let run = panels.len().div_ceil(if panels.len().is_multiple_of(2) { 2 } else { 3 });
         for at in 0..run {
-            let mut numbers = [0; TOGETHER];
-            let count =
-                numbers.iter_mut().zip(panels.clone().skip(at).step_by(run)).map(|(to, panel)| *to = panel).count();
+            let (mut numbers, mut count) = ([0; TOGETHER], 0);
+            for panel in panels.clone().skip(at).step_by(run) {
+                numbers[count] = panel;
+                count += 1;
+            }
             let of = |i: usize| &self.weights[numbers[i] * size..][..size];
             // SAFETY: `OneRow::of` made sure of the dot; every panel holds as many blocks as the input.
             unsafe {
