@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`family`] (one row of facts per architecture; `names` of its tensors), [`config`] (every value with its
 //! origin; `tokens` for the ids, `moe` for experts), [`weights`] (safetensors), `loader` (tensors to packed panels),
-//! [`decoder`] (the forward pass, watched and joined through `link`; `ffn` for its feed-forward part).
+//! [`decoder`] (the forward pass, watched and joined through `link`; `ffn` for layers of experts).
 
 pub mod config;
 pub mod decoder;
