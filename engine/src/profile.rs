@@ -21,6 +21,9 @@ const CONTEXT_POSITIONS_MAX: u32 = 4096;
 const CONTEXT_FULL_MAX: u32 = 4096;
 /// As above, of the short grid.
 const CONTEXT_SHORT_MAX: u32 = 1024;
+/// Steps of a shape run for this long, and at least one, before the timed one: those of other shapes leave the processor
+/// slower for a short step than steps of its own do.
+const WARMING: Duration = Duration::from_millis(1);
 /// Pages of a sequence's own: its rows may straddle two.
 const OWN_PAGES: usize = 2;
 
@@ -212,8 +215,11 @@ pub fn measure(
             if turn > 0 && clock() - started > grid.limit {
                 break 'turns;
             }
-            // The first brings weights and keys to where steps of this shape leave them.
+            let warm = clock() + WARMING;
             bench.run(pass);
+            while clock() < warm {
+                bench.run(pass);
+            }
             let before = clock();
             bench.run(pass);
             taken[i].push((clock() - before).as_secs_f64() * 1e3);
