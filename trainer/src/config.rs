@@ -225,8 +225,8 @@ pub struct MaskStage {
     pub raw: RawMaskStage,
     /// Threads, at least one.
     pub threads: usize,
-    /// The learning rate.
-    pub schedule: Schedule,
+    /// The learning rates, one schedule for each part of the curriculum with its first step.
+    schedules: Vec<(usize, Schedule)>,
     /// Constants of the update.
     pub settings: Settings,
 }
@@ -249,7 +249,7 @@ impl RawMaskStage {
         problems.extend(self.wrong_optimizer());
         anyhow::ensure!(problems.is_empty(), "the configuration has errors:\n  {}", problems.join("\n  "));
         let o = &self.optimizer;
-        let schedule = Schedule { peak: o.rate, warm_up: o.warm_up, steps: self.steps, decay: o.decay, floor: o.floor };
+        let schedules = self.schedules();
         let settings = Settings {
             rule: o.rule,
             beta1: o.beta1,
@@ -261,7 +261,22 @@ impl RawMaskStage {
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if self.threads == 0 { cores } else { self.threads };
-        Ok(MaskStage { raw: self, threads, schedule, settings })
+        Ok(MaskStage { raw: self, threads, schedules, settings })
+    }
+
+    /// Masks, then edits: each part warms up, holds and decays, for what the second learns would undo the first at its rate.
+    fn schedules(&self) -> Vec<(usize, Schedule)> {
+        let o = &self.optimizer;
+        let first = self.edits.as_ref().map_or(self.steps, |edits| edits.first(self.steps));
+        let part = |from: usize, to: usize, peak, warm_up| {
+            (from, Schedule { peak, warm_up, steps: to - from, decay: o.decay, floor: o.floor })
+        };
+        let masks = part(0, first, o.rate, o.warm_up);
+        let edits = self
+            .edits
+            .as_ref()
+            .map(|edits| part(first, self.steps, edits.rate.unwrap_or(o.rate), edits.warm_up.unwrap_or(o.warm_up)));
+        [masks].into_iter().chain(edits).filter(|(_, schedule)| schedule.steps > 0).collect()
     }
 
     /// Checks a stage that goes on from a model, together with the `problems` of its own settings.
@@ -345,10 +360,18 @@ impl RawMaskStage {
     }
 
     fn wrong_edits(&self) -> Vec<String> {
-        let Some(RawEdits { share, alpha, masked }) = self.edits else { return Vec::new() };
-        let shares = [("share", share), ("alpha", alpha), ("masked", masked)];
+        let Some(edits) = &self.edits else { return Vec::new() };
+        let shares = [("share", edits.share), ("alpha", edits.alpha), ("masked", edits.masked)];
         let wrong = shares.into_iter().filter(|(_, value)| !(0.0..=1.0).contains(value));
-        wrong.map(|(key, value)| format!("edits.{key}: must be in [0, 1], not {value}")).collect()
+        let mut problems: Vec<String> =
+            wrong.map(|(key, value)| format!("edits.{key}: must be in [0, 1], not {value}")).collect();
+        if edits.rate.is_some_and(|rate| !(rate > 0.0 && rate < 1.0)) {
+            problems.push(format!("edits.rate: must be in (0, 1), not {:?}", edits.rate.unwrap_or_default()));
+        }
+        if edits.warm_up.is_some_and(|steps| steps > self.steps) {
+            problems.push(format!("edits.warm_up: exceeds steps {}", self.steps));
+        }
+        problems
     }
 
     fn wrong_optimizer(&self) -> Vec<String> {
@@ -372,6 +395,12 @@ impl RawMaskStage {
 }
 
 impl MaskStage {
+    /// Learning rate of step `step`, counted from 0.
+    pub fn rate(&self, step: usize) -> f64 {
+        let part = self.schedules.iter().rfind(|(first, _)| *first <= step);
+        part.map_or(0.0, |(first, schedule)| schedule.rate(step - first))
+    }
+
     /// The model's sizes for a vocabulary of `vocabulary` tokens.
     pub fn shape(&self, vocabulary: usize) -> ModelShape {
         let model = &self.raw.model;
@@ -425,6 +454,25 @@ mod tests {
         let stage = raw.validate().unwrap();
         assert_eq!(stage.shape(100).heads.width(), 128);
         assert!(toml::from_str::<RawMaskStage>(&GOOD.replace("tokens", "tokns")).is_err());
+    }
+
+    #[test]
+    fn each_part_of_the_curriculum_has_its_rates() {
+        let stage = |edits: &str| {
+            let raw: RawMaskStage = toml::from_str(&GOOD.replace("[model]", &format!("{edits}\n[model]"))).unwrap();
+            raw.validate().map_err(|error| error.to_string())
+        };
+        let rates = |edits: &str| -> Vec<f64> {
+            let stage = stage(edits).unwrap();
+            (0..10).map(|step| (stage.rate(step) * 1e6).round()).collect()
+        };
+        let alone = rates("");
+        assert_eq!(alone, [500.0, 1000.0, 1000.0, 1000.0, 1000.0, 1000.0, 1000.0, 1000.0, 1000.0, 500.0]);
+        assert_eq!(rates("edits = { share = 1.0 }"), alone);
+        let both = rates("edits = { share = 0.5, rate = 1e-4, warm_up = 4 }");
+        assert_eq!(both, [500.0, 1000.0, 1000.0, 1000.0, 1000.0, 25.0, 50.0, 75.0, 100.0, 100.0]);
+        let error = stage("edits = { share = 2.0, rate = 1.5, warm_up = 99 }").unwrap_err();
+        assert!(["edits.share", "edits.rate", "edits.warm_up"].iter().all(|key| error.contains(key)), "{error}");
     }
 
     #[test]

@@ -100,13 +100,15 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Appends to `out/log.jsonl`.
+    /// Goes on with `out/log.jsonl` of a run that has done `done` steps. Lines of steps after them, which are taken again,
+    /// go, and one that was cut off.
     ///
     /// # Errors
-    /// When the file cannot be opened.
+    /// When the file cannot be read or written.
     pub fn new(out: &Path, steps: usize, done: usize) -> anyhow::Result<Progress> {
         std::fs::create_dir_all(out).with_context(|| format!("creating {}", out.display()))?;
         let path = out.join("log.jsonl");
+        keep_done(&path, done).with_context(|| path.display().to_string())?;
         let log = File::options().create(true).append(true).open(&path).with_context(|| path.display().to_string())?;
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(steps as u64).with_position(done as u64);
@@ -186,6 +188,83 @@ impl Progress {
     }
 
     fn write(&mut self, record: &Record) -> anyhow::Result<()> {
-        writeln!(self.log, "{}", serde_json::to_string(record)?).context("log.jsonl")
+        // In one piece: who is killed leaves whole lines.
+        self.log.write_all((serde_json::to_string(record)? + "\n").as_bytes()).context("log.jsonl")
+    }
+}
+
+impl Record {
+    /// Whether a run that goes on after `done` steps does not come to this again.
+    fn is_of(&self, done: usize) -> bool {
+        match self {
+            Record::Step(StepRecord { step, .. }) | Record::Eval(EvalRecord { step, .. }) => *step <= done,
+            // Measured before the steps of its round.
+            Record::Round(RoundRecord { step, .. }) => *step < done,
+        }
+    }
+}
+
+/// Leaves the lines of the first `done` steps in a log.
+fn keep_done(path: &Path, done: usize) -> anyhow::Result<()> {
+    let text = match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        text => text?,
+    };
+    let kept = text.lines().filter(|line| serde_json::from_str::<Record>(line).is_ok_and(|record| record.is_of(done)));
+    let kept: String = kept.flat_map(|line| [line, "\n"]).collect();
+    if kept != text {
+        let whole = path.with_extension("jsonl.part");
+        std::fs::write(&whole, kept)?;
+        std::fs::rename(&whole, path)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn step(step: usize) -> StepRecord {
+        StepRecord {
+            step,
+            mask_loss: 1.0,
+            next_loss: 1.0,
+            block_size: 4,
+            rate: 0.1,
+            gradient_norm: 1.0,
+            tokens: 1,
+            tokens_per_second: 1.0,
+            gflops: 1.0,
+        }
+    }
+
+    fn round(step: usize) -> RoundRecord {
+        RoundRecord { step, pass_rate: 1.0, tpf: 1.0, prompts: 1, kept: 1, kept_tpf: 1.0, passing: vec![1.0] }
+    }
+
+    #[test]
+    fn a_log_goes_on_where_its_run_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("log.jsonl");
+        let mut log = Progress::new(dir.path(), 9, 0).unwrap();
+        log.round(round(0)).unwrap();
+        for i in 1..=3 {
+            log.step(step(i)).unwrap();
+        }
+        log.eval(EvalRecord { step: 2, mask_loss: Vec::new(), next_loss: 1.0 }).unwrap();
+        log.round(round(2)).unwrap();
+        drop(log);
+        let whole = std::fs::read_to_string(&file).unwrap();
+        // Killed in the middle of a line, after the checkpoint of step 2.
+        std::fs::write(&file, format!("{whole}{{\"kind\":\"st")).unwrap();
+        let mut log = Progress::new(dir.path(), 9, 2).unwrap();
+        log.step(step(3)).unwrap();
+        let text = std::fs::read_to_string(&file).unwrap();
+        let records: Vec<Record> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let eval = Record::Eval(EvalRecord { step: 2, mask_loss: Vec::new(), next_loss: 1.0 });
+        let [one, two, three] = [1, 2, 3].map(|i| Record::Step(step(i)));
+        assert_eq!(records, [Record::Round(round(0)), one, two, eval, three]);
     }
 }

@@ -94,7 +94,7 @@ fn corrupted(
         return stream.step(tokens).into_iter().map(Example::next_tokens).collect();
     }
     match &raw.edits {
-        Some(edits) if step as f64 >= (1.0 - edits.share) * raw.steps as f64 => {
+        Some(edits) if step >= edits.first(raw.steps) => {
             let (share, masks) = (rng.random_range(0.0..=edits.alpha), rng.random_bool(edits.masked));
             let filled = filled(stream, tokens, block, vocabulary);
             noise::edit::edit_all(filled, block, share, masks.then_some(vocabulary.mask), rng)

@@ -59,7 +59,7 @@ pub struct RawOnPolicy {
     pub replay: f64,
     /// Tasks whose pass rate is watched.
     pub guard_tasks: usize,
-    /// Training stops when their pass rate falls by more than this (percentage points).
+    /// Training stops when their pass rate falls by more than this (percentage points); below zero it has to rise.
     pub guard_points: f64,
 }
 
@@ -93,6 +93,9 @@ impl OnPolicyStage {
         if own.thresholds.is_empty() || own.thresholds.iter().any(|tau| !(*tau > 0.0 && *tau <= 1.0)) {
             problems.push(format!("on_policy.thresholds: at least one, each in (0, 1], not {:?}", own.thresholds));
         }
+        if !own.guard_points.is_finite() {
+            problems.push(format!("on_policy.guard_points: must be a number, is {}", own.guard_points));
+        }
         if own.answer_steps > 0 && own.answers == 0 {
             problems.push("on_policy.answers: must be at least 1 where answer_steps is".into());
         }
@@ -101,7 +104,7 @@ impl OnPolicyStage {
 }
 
 /// Runs the stage to its last step, or until the guard stops it; the exported model is the last one that the guard
-/// let pass. Continues from the newest checkpoint in `out`, if there is one.
+/// let pass, at first the one it starts from. Continues from the newest checkpoint in `out`, if there is one.
 ///
 /// # Errors
 /// As [`train_mask`](crate::train_mask), and when the engine cannot load the model or Python cannot be run.
@@ -113,6 +116,9 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
     let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
     let rounds = Rounds::open(own, config, sources)?;
     let least = rounds.initial_pass_rate()? - own.guard_points / 100.0;
+    if training.state.step == 0 {
+        training.export(&raw.out.join("model"))?;
+    }
     rounds.learn_answers(&mut training, &mut progress)?;
     while training.state.step < raw.steps {
         let step = training.state.step;
@@ -120,7 +126,7 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
         let fell = record.pass_rate < least;
         progress.round(record)?;
         if fell {
-            tracing::warn!("the pass rate fell below {:.1}%: the model of the round before is kept", 100.0 * least);
+            tracing::warn!("the pass rate is below {:.1}%: the model before this round is kept", 100.0 * least);
             let eval = training.measure()?;
             return Ok(training.summary(eval, started));
         }

@@ -124,7 +124,7 @@ impl<'a> Training<'a> {
         let examples = make(&mut self.stream, block, &mut rng);
         let tokens: usize = examples.iter().map(|example| example.length).sum();
         let (gradients, losses) = gradients(&self.model, &examples, batch.next_token, self.spread())?;
-        let rate = self.config.schedule.rate(step);
+        let rate = self.config.rate(step);
         let gradient_norm = self.optimizer.update(&gradients, rate as f32)?;
         anyhow::ensure!(gradient_norm.is_finite(), "the gradient of step {} is not finite", step + 1);
         drop(gradients);

@@ -13,7 +13,7 @@ use unmask_trainer::ops::Heads;
 
 const VOCABULARY: usize = 40;
 const BLOCK: usize = 8;
-/// Positions; a multiple of the block.
+/// Positions.
 const LENGTH: usize = 24;
 
 fn shape() -> ModelShape {
@@ -38,16 +38,24 @@ fn cross_entropy(logits: &[f32], target: u32, mask: u32) -> f32 {
 
 #[test]
 fn trainer_and_engine_give_the_same_losses() {
+    // Blocks from the first position on, behind a prompt of whole blocks, and behind one that ends anywhere.
+    for (prompt, block) in [(0, BLOCK), (8, BLOCK), (16, BLOCK), (4, 4), (8, 16)] {
+        compare(prompt, block);
+    }
+}
+
+/// Losses of blocks of `block` positions behind `prompt` positions, in the trainer's layout and step by step.
+fn compare(prompt: usize, block: usize) {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let vocabulary = Vocabulary::standard(VOCABULARY);
     let mut weights = shape().initial(&mut rng);
     // Larger than at the start of training, so that the losses differ from row to row.
     weights[0].iter_mut().for_each(|w| *w *= 10.0);
     let clean: Vec<u32> = (0..LENGTH).map(|_| rng.random_range(5..VOCABULARY as u32)).collect();
-    let scored: Vec<bool> = (0..LENGTH).map(|_| rng.random_bool(0.5)).collect();
-    let noisy: Vec<u32> = clean.iter().zip(&scored).map(|(&id, &s)| if s { vocabulary.mask } else { id }).collect();
-    let example =
-        Example { clean: clean.clone(), noisy: noisy.clone(), scored: scored.clone(), block: BLOCK, length: LENGTH };
+    let scored: Vec<bool> = (prompt..LENGTH).map(|_| rng.random_bool(0.5)).collect();
+    let noisy: Vec<u32> =
+        clean[prompt..].iter().zip(&scored).map(|(&id, &s)| if s { vocabulary.mask } else { id }).collect();
+    let example = Example { clean: clean.clone(), noisy: noisy.clone(), scored: scored.clone(), block, length: LENGTH };
     let trained = Model::new(shape(), &weights, vocabulary.mask).unwrap();
     let losses = trained.score(&Batch::new(&[example], (1.0, 1.0)), false).unwrap().losses;
 
@@ -76,14 +84,16 @@ fn trainer_and_engine_give_the_same_losses() {
     let kept = |position: u32| Row { sequence: 0, position, end: position + 1 };
     let next_logits = rows_of(&clean, &(0..LENGTH as u32).map(kept).collect::<Vec<_>>());
     let mut noisy_logits = Vec::new();
-    for start in (0..LENGTH).step_by(BLOCK) {
+    for start in (prompt..LENGTH).step_by(block) {
         // The kept rows before the block, then the block's open rows, in one pass.
-        let open = |i: usize| Row { sequence: 0, position: i as u32, end: (start + BLOCK) as u32 };
-        let rows: Vec<Row> = (0..start as u32).map(kept).chain((start..start + BLOCK).map(open)).collect();
-        let ids = [&clean[..start], &noisy[start..start + BLOCK]].concat();
+        let open = |i: usize| Row { sequence: 0, position: i as u32, end: (start + block) as u32 };
+        let rows: Vec<Row> = (0..start as u32).map(kept).chain((start..start + block).map(open)).collect();
+        let ids = [&clean[..start], &noisy[start - prompt..][..block]].concat();
         noisy_logits.extend(rows_of(&ids, &rows).split_off(start));
     }
-    let masked = (0..LENGTH).filter(|&p| scored[p]).map(|p| cross_entropy(&noisy_logits[p], clean[p], vocabulary.mask));
+    let masked = (0..noisy.len())
+        .filter(|&row| scored[row])
+        .map(|row| cross_entropy(&noisy_logits[row], clean[prompt + row], vocabulary.mask));
     let next = (1..LENGTH).map(|p| cross_entropy(&next_logits[p - 1], clean[p], vocabulary.mask));
     let expected: Vec<f32> = masked.chain(next).collect();
     assert_eq!(losses.len(), expected.len());

@@ -34,12 +34,18 @@ fn weights(rng: &mut ChaCha8Rng) -> Vec<Vec<f32>> {
     weights
 }
 
-fn example(blocks: usize, block: usize, rng: &mut ChaCha8Rng) -> Example {
-    let length = blocks * block;
+/// Blocks of noisy tokens behind a prompt, which need not end where a block would.
+fn example(prompt: usize, blocks: usize, block: usize, rng: &mut ChaCha8Rng) -> Example {
+    let length = prompt + blocks * block;
     let clean: Vec<u32> = (0..length).map(|_| rng.random_range(2..37)).collect();
-    let scored: Vec<bool> = (0..length).map(|p| p % block == 0 || rng.random::<f32>() < 0.5).collect();
-    let noisy = clean.iter().zip(&scored).map(|(&c, &s)| if s { MASK } else { c }).collect();
+    let scored: Vec<bool> = (0..blocks * block).map(|p| p % block == 0 || rng.random::<f32>() < 0.5).collect();
+    let noisy = clean[prompt..].iter().zip(&scored).map(|(&c, &s)| if s { MASK } else { c }).collect();
     Example { clean, noisy, scored, block, length: length - 1 }
+}
+
+/// Number of the block of position `p`; `None` in the prompt.
+fn block_of(example: &Example, p: usize) -> Option<usize> {
+    p.checked_sub(example.prompt()).map(|p| p / example.block)
 }
 
 /// Straightforward f64 forward pass over one document; returns the logits of its noisy and then its clean rows.
@@ -68,12 +74,15 @@ fn logits(weights: &[Vec<f64>], example: &Example) -> Vec<Vec<f64>> {
             x[i + half] = b * angle.cos() + a * angle.sin();
         }
     };
-    let length = example.clean.len();
+    let (noisy, prompt) = (example.noisy.len(), example.prompt());
+    let rows = noisy + example.clean.len();
+    let position = |row: usize| if row < noisy { prompt + row } else { row - noisy };
     let visible = |row: usize, key: usize| -> bool {
-        let (p, q) = (row % length, key % length);
-        match (row < length, key < length) {
-            (true, true) => p / example.block == q / example.block,
-            (true, false) => q / example.block < p / example.block,
+        let (p, q) = (position(row), position(key));
+        let (own, other) = (block_of(example, p), block_of(example, q));
+        match (row < noisy, key < noisy) {
+            (true, true) => own == other,
+            (true, false) => other < own,
             (false, true) => false,
             (false, false) => q <= p,
         }
@@ -93,7 +102,7 @@ fn logits(weights: &[Vec<f64>], example: &Example) -> Vec<Vec<f64>> {
                         None => head.to_vec(),
                         Some(weight) => {
                             let mut head = norm(head, name(weight));
-                            rotate(&mut head, row % length);
+                            rotate(&mut head, position(row));
                             head
                         }
                     };
@@ -104,12 +113,12 @@ fn logits(weights: &[Vec<f64>], example: &Example) -> Vec<Vec<f64>> {
         let q = heads("self_attn.q_proj", Some("self_attn.q_norm"));
         let k = heads("self_attn.k_proj", Some("self_attn.k_norm"));
         let v = heads("self_attn.v_proj", None);
-        let attended: Vec<Vec<f64>> = (0..2 * length)
+        let attended: Vec<Vec<f64>> = (0..rows)
             .map(|row| {
                 let mut out = Vec::new();
                 for head in 0..s.heads.heads {
                     let kv = head / (s.heads.heads / s.heads.kv_heads);
-                    let keys: Vec<usize> = (0..2 * length).filter(|&key| visible(row, key)).collect();
+                    let keys: Vec<usize> = (0..rows).filter(|&key| visible(row, key)).collect();
                     let dot = |key: &usize| -> f64 { q[row][head].iter().zip(&k[*key][kv]).map(|(a, b)| a * b).sum() };
                     let exp: Vec<f64> = keys.iter().map(|key| (dot(key) / (dim as f64).sqrt()).exp()).collect();
                     let total: f64 = exp.iter().sum();
@@ -143,12 +152,11 @@ fn loss(weights: &[Vec<f64>], examples: &[Example], lambda: f64) -> f64 {
     let (mut noisy, mut next) = (0.0, 0.0);
     for example in examples {
         let logits = logits(weights, example);
-        let length = example.clean.len();
-        for p in (0..length).filter(|&p| example.scored[p]) {
-            noisy += cross_entropy(&logits[p], example.clean[p]);
+        for row in (0..example.noisy.len()).filter(|&row| example.scored[row]) {
+            noisy += cross_entropy(&logits[row], example.clean[example.prompt() + row]);
         }
         for p in 1..example.length {
-            next += cross_entropy(&logits[length + p - 1], example.clean[p]);
+            next += cross_entropy(&logits[example.noisy.len() + p - 1], example.clean[p]);
         }
     }
     noisy / counts.noisy as f64 + lambda * next / counts.next as f64
@@ -163,8 +171,9 @@ fn loss_and_gradients_agree_with_the_definition() {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let weights = weights(&mut rng);
     let model = Model::new(shape(), &weights, MASK).unwrap();
-    let examples: Vec<Example> =
-        [(2, 4), (3, 2), (3, 16), (1, 32), (2, 32), (5, 8)].iter().map(|&(n, b)| example(n, b, &mut rng)).collect();
+    let shapes =
+        [(0, 2, 4), (0, 3, 2), (0, 3, 16), (0, 1, 32), (0, 2, 32), (0, 5, 8), (3, 2, 4), (4, 1, 4), (17, 2, 8)];
+    let examples: Vec<Example> = shapes.iter().map(|&(p, n, b)| example(p, n, b, &mut rng)).collect();
     let spread = Spread { micro_rows: 100, threads: 2 };
     let (parts, losses) = gradients(&model, &examples, 0.3, spread).unwrap();
     let found = losses.noisy_mean() + 0.3 * losses.next_mean();
@@ -204,10 +213,11 @@ fn hidden(model: &Model, example: &Example) -> Vec<f32> {
 fn nothing_leaks() {
     let mut rng = ChaCha8Rng::seed_from_u64(6);
     let model = Model::new(shape(), &weights(&mut rng), MASK).unwrap();
-    for block in [2, 8, 32] {
-        let base = example(96 / block, block, &mut rng);
+    for (prompt, block) in [(0, 2), (0, 8), (0, 32), (4, 8), (13, 8), (5, 2)] {
+        let base = example(prompt, 96 / block, block, &mut rng);
         let width = shape().hidden;
-        let length = base.clean.len();
+        let (length, noisy) = (base.clean.len(), base.noisy.len());
+        let block_of = |p| block_of(&base, p);
         let before = hidden(&model, &base);
         let mut positions: Vec<usize> = (0..length).collect();
         positions.shuffle(&mut rng);
@@ -217,16 +227,19 @@ fn nothing_leaks() {
             let after = hidden(&model, &other);
             let same = |row: usize| before[row * width..][..width] == after[row * width..][..width];
             for p in 0..length {
-                assert_eq!(same(p), p / block <= changed / block, "noisy row {p}, clean token {changed}");
-                assert_eq!(same(length + p), p < changed, "clean row {p}, clean token {changed}");
+                let unseen = block_of(p) <= block_of(changed);
+                assert!(p < prompt || same(p - prompt) == unseen, "noisy row {p}, clean token {changed}");
+                assert_eq!(same(noisy + p), p < changed, "clean row {p}, clean token {changed}");
             }
+            let Some(row) = changed.checked_sub(prompt) else { continue };
             let mut other = base.clone();
-            other.noisy[changed] = if base.noisy[changed] == 5 { 6 } else { 5 };
+            other.noisy[row] = if base.noisy[row] == 5 { 6 } else { 5 };
             let after = hidden(&model, &other);
             let same = |row: usize| before[row * width..][..width] == after[row * width..][..width];
             for p in 0..length {
-                assert_eq!(same(p), p / block != changed / block, "noisy row {p}, noisy token {changed}");
-                assert!(same(length + p), "clean row {p}, noisy token {changed}");
+                let unseen = block_of(p) != block_of(changed);
+                assert!(p < prompt || same(p - prompt) == unseen, "noisy row {p}, noisy token {changed}");
+                assert!(same(noisy + p), "clean row {p}, noisy token {changed}");
             }
         }
     }
@@ -237,7 +250,7 @@ fn nothing_leaks() {
 fn gradients_are_deterministic() {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let model = Model::new(shape(), &weights(&mut rng), MASK).unwrap();
-    let examples: Vec<Example> = (1..12).map(|n| example(n, 8, &mut rng)).collect();
+    let examples: Vec<Example> = (1..12).map(|n| example(n % 3, n, 8, &mut rng)).collect();
     let run = |threads| {
         let (parts, losses) = gradients(&model, &examples, 0.3, Spread { micro_rows: 300, threads }).unwrap();
         let flat: Vec<f32> =

@@ -64,6 +64,11 @@ fn edits_teach_to_repair_and_orders_are_found_and_learnt() {
     assert!(after.false_edit_rate < 0.02 && after.false_edit_rate < before.false_edit_rate, "{before:?}\n{after:?}");
     assert!(after.calibration_error < before.calibration_error, "{before:?}\n{after:?}");
 
+    // Both parts by one command.
+    let both = "edits = { share = 0.375, alpha = 0.1, masked = 0.5, rate = 4e-3, warm_up = 20 }";
+    let whole = judge(&train(stage(&dir.path().join("whole"), 400, both), dir.path()).model);
+    assert!(whole.repair_rate > before.repair_rate + 0.15 && whole.false_edit_rate < 0.02, "{before:?}\n{whole:?}");
+
     the_best_of_sampled_orders_beats_a_random_one(&load(&masks.model));
 
     let vocabulary = Vocabulary::standard(14);
@@ -168,4 +173,20 @@ fn on_policy_training_learns_from_shorter_paths() {
         assert!(round.kept_tpf > 1.3 && round.passing.iter().all(|share| *share > 0.3), "{round:?}");
     }
     assert!(summary.model.join("model.safetensors").exists());
+}
+
+/// The guard ends the stage before the first round when nobody can pass it; what is exported is the model before.
+#[test]
+fn the_guard_keeps_the_model_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run: recipe::OnPolicyRun = recipe::read(&models().join("recipe/on-policy.toml")).unwrap();
+    few_steps_from_bundled(&mut run.data, &mut run.stage, 3, dir.path());
+    (run.on_policy.answers, run.on_policy.answer_steps) = (16, 1);
+    (run.on_policy.round_steps, run.on_policy.prompts, run.on_policy.guard_tasks) = (1, 8, 8);
+    run.on_policy.guard_points = -101.0;
+    let start = run.stage.init.checkpoint.clone().unwrap();
+    let summary = recipe::on_policy(run).unwrap();
+    assert_eq!(summary.steps, 1, "the answers' step, no round");
+    let weights = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+    assert!(weights(&summary.model) == weights(&start), "the model that it started from");
 }

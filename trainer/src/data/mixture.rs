@@ -11,11 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use tokenizers::Tokenizer;
 
-/// Of the gaps to fill in, the share that is whole lines, as editors leave them.
-const LINES_SHARE: f64 = 0.5;
-/// Of the texts behind a gap, the share without the line break at their end: not every caller sends it.
-const BARE_SHARE: f64 = 0.5;
-/// Most lines of such a gap.
+/// Most lines of a gap of whole lines.
 const LINES_MAX: usize = 3;
 /// Most cuts of one document.
 const CUTS_MAX: usize = 3;
@@ -39,6 +35,12 @@ pub struct MixtureConfig {
     /// Share of documents in prefix-suffix-middle order.
     #[serde(default = "default_infill_share")]
     pub infill_share: f64,
+    /// Of their gaps, the share that is whole lines, as editors leave them.
+    #[serde(default)]
+    pub line_share: f64,
+    /// Of the texts behind a gap, the share without the line break at their end: not every caller sends it.
+    #[serde(default)]
+    pub bare_share: f64,
     /// Share of documents cut at random characters.
     #[serde(default = "default_cut_share")]
     pub cut_share: f64,
@@ -47,7 +49,17 @@ pub struct MixtureConfig {
 impl MixtureConfig {
     /// Whole generated programs, as they are.
     pub fn plain(tokenizer: PathBuf, tasks: usize) -> Self {
-        Self { tokenizer, seed: 1, tasks, real: None, real_share: 0.0, infill_share: 0.0, cut_share: 0.0 }
+        Self {
+            tokenizer,
+            seed: 1,
+            tasks,
+            real: None,
+            real_share: 0.0,
+            infill_share: 0.0,
+            line_share: 0.0,
+            bare_share: 0.0,
+            cut_share: 0.0,
+        }
     }
 }
 
@@ -74,8 +86,13 @@ impl Mixture {
     /// # Errors
     /// Shares outside [0, 1], files that cannot be read; all of the former at once.
     pub fn open(config: &MixtureConfig, part: Part) -> anyhow::Result<Self> {
-        let shares =
-            [("real_share", config.real_share), ("infill_share", config.infill_share), ("cut_share", config.cut_share)];
+        let shares = [
+            ("real_share", config.real_share),
+            ("infill_share", config.infill_share),
+            ("line_share", config.line_share),
+            ("bare_share", config.bare_share),
+            ("cut_share", config.cut_share),
+        ];
         let mut problems: Vec<String> = shares
             .iter()
             .filter(|(_, share)| !(0.0..=1.0).contains(share))
@@ -121,6 +138,11 @@ impl Mixture {
     }
 }
 
+/// Draws nothing where the share is 0: documents without what it stands for stay as they were before there was such a share.
+fn falls(share: f64, rng: &mut ChaCha8Rng) -> bool {
+    share > 0.0 && rng.random_bool(share)
+}
+
 /// Where some whole lines begin and end, without the line break behind them.
 fn lines(text: &str, rng: &mut ChaCha8Rng) -> (usize, usize) {
     let starts: Vec<usize> = [0].into_iter().chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
@@ -148,14 +170,15 @@ impl Documents for Mixture {
         let text = self.text(index, rng);
         let mut ids = Vec::new();
         if rng.random_bool(self.config.infill_share) {
-            let (a, b) = if rng.random_bool(LINES_SHARE) {
+            let (a, b) = if falls(self.config.line_share, rng) {
                 lines(&text, rng)
             } else {
                 let (a, b) = (boundary(&text, rng), boundary(&text, rng));
                 (a.min(b), a.max(b))
             };
             let suffix = &text[b..];
-            let suffix = if rng.random_bool(BARE_SHARE) { suffix.strip_suffix('\n').unwrap_or(suffix) } else { suffix };
+            let bare = falls(self.config.bare_share, rng);
+            let suffix = if bare { suffix.strip_suffix('\n').unwrap_or(suffix) } else { suffix };
             for (sentinel, piece) in FIM.into_iter().zip([&text[..a], suffix, &text[a..b]]) {
                 ids.push(sentinel);
                 ids.extend(self.ids(piece));
@@ -207,6 +230,8 @@ mod tests {
             real: None,
             real_share: 0.0,
             infill_share: 0.5,
+            line_share: 0.5,
+            bare_share: 0.5,
             cut_share: 0.5,
         };
         let mixture = Mixture::open(&config, Part::Training).unwrap();

@@ -26,6 +26,19 @@ pub struct RawEdits {
     /// Share of the steps with edits that have masks too.
     #[serde(default = "default_masked")]
     pub masked: f64,
+    /// Largest learning rate of these steps, whose schedule begins anew; absent: the optimizer's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<f64>,
+    /// Their steps of linear warm-up; absent: the optimizer's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warm_up: Option<usize>,
+}
+
+impl RawEdits {
+    /// Steps without edits before them, of `steps`.
+    pub fn first(&self, steps: usize) -> usize {
+        steps - (self.share * steps as f64).round() as usize
+    }
 }
 
 fn default_share() -> f64 {
