@@ -444,6 +444,9 @@ pub struct MeasureArgs {
     /// Write `quality.json` into the model's folder
     #[arg(long)]
     pub write: bool,
+    /// Print JSON as `quality.json` has it
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[cfg(test)]

@@ -52,6 +52,31 @@ fn json(command: &str) -> Value {
 }
 
 #[test]
+#[cfg(feature = "train")]
+fn a_comparison_with_autoregressive_decoding_adds_up() {
+    let all = json("bench twin --model python-tasks-3m --tasks 20 --streams 1,2 --json");
+    let all = all.as_array().unwrap();
+    assert_eq!(all.iter().map(|c| c["streams"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for compared in all {
+        let number = |path: &str| compared.pointer(path).and_then(Value::as_f64).unwrap();
+        let quotient = |key: &str, of: &str, over: &str| {
+            let expected = number(of) / number(over);
+            assert!((number(key) / expected - 1.0).abs() < 1e-9, "{key}: {compared:#}");
+        };
+        quotient("/pass_ratio", "/twin/passes", "/diffusion/passes");
+        quotient("/ratio", "/diffusion/tokens_per_s", "/twin/tokens_per_s");
+        quotient("/diffusion/tpf", "/diffusion/tokens", "/diffusion/passes");
+        let ceiling = number("/diffusion/tpf") * number("/twin_step/ms") / number("/diffusion_step/ms");
+        assert!((number("/ceiling") - ceiling).abs() < 1e-9);
+        // Causal rows decide, so the same weights give the same answers in far fewer passes.
+        assert_eq!(number("/diffusion/tokens"), number("/twin/tokens"));
+        assert_eq!(compared["pass_difference"], serde_json::json!([0.0, 0.0]));
+        assert!(number("/pass_ratio") > 4.0 && number("/diffusion/pass_rate") > 0.9, "{compared:#}");
+    }
+    assert_eq!(all[0].pointer("/twin_step/rows").unwrap(), 1);
+}
+
+#[test]
 fn a_step_is_the_sum_of_its_operations() {
     let all = json("bench step --shape python-tasks-3m --dtype bf16,int8 --rows 1,16 --context 16 --threads 2 --json");
     let all = all.as_array().unwrap();

@@ -74,26 +74,26 @@ fn measure_model(args: &MeasureArgs) -> anyhow::Result<()> {
     let model = load(&args.model, args.dtype, &OverrideArgs::default())?;
     let tokenizer = tokenizer(&dir)?;
     let mut rows: Vec<Row> = Vec::new();
-    output::out("policy            block  threshold      n   pass   (low)  parse    TPF  rows\n")?;
+    let said = |text: &str| if args.json { Ok(()) } else { output::out(text) };
+    said("policy            block  threshold      n   pass   (low)  parse    TPF  rows\n")?;
     for point in points(args) {
         let bar = ProgressBar::new(tasks.len() as u64).with_style(style()?);
         bar.set_message(format!("{} block {} at {}", point.name(), point.block_size, point.threshold));
         let row = measure(&model, &tokenizer, &tasks, point, |done| bar.set_position(done as u64))?;
         bar.finish_and_clear();
-        output::out(&line(&row))?;
+        said(&line(&row))?;
         rows.push(row);
     }
     let cut_prompts = if args.cuts == 0 { None } else { Some(measure_cuts(args, &model, &tokenizer, &tasks)?) };
+    let command: Vec<String> = ["unmask".into()].into_iter().chain(std::env::args().skip(1)).collect();
+    let quality = Quality { format: "unmask.quality/1".into(), command: command.join(" "), rows, cut_prompts };
+    let text = serde_json::to_string_pretty(&quality)? + "\n";
     if args.write {
         let path = dir.join("quality.json");
-        let drafts: Vec<String> = args.self_speculative.iter().map(f32::to_string).collect();
-        let drafts =
-            if drafts.is_empty() { String::new() } else { format!(" --self-speculative {}", drafts.join(",")) };
-        let command =
-            format!("unmask train measure --model {} --tasks {}{drafts} --write", args.model, args.tasks.display());
-        let quality = Quality { format: "unmask.quality/1".into(), command, rows, cut_prompts };
-        let text = serde_json::to_string_pretty(&quality)? + "\n";
-        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if args.json {
+        output::out(&text)?;
     }
     Ok(())
 }
@@ -105,12 +105,13 @@ fn measure_cuts(args: &MeasureArgs, model: &Arc<Model>, tokenizer: &Tokenizer, t
     };
     let all = cuts(model, tokenizer, &tasks[..args.cuts.min(tasks.len())], point, |_| {})?;
     let (n, running) = (all.len(), all.iter().filter(|cut| cut.running).count());
-    output::out(&format!(
-        "cut prompts ({}, block {}, threshold {}): {running} of {n} become running functions\n",
-        point.name(),
-        point.block_size,
-        point.threshold
-    ))?;
+    if !args.json {
+        let Point { block_size, threshold, .. } = point;
+        output::out(&format!(
+            "cut prompts ({}, block {block_size}, threshold {threshold}): {running} of {n} become running functions\n",
+            point.name()
+        ))?;
+    }
     if let Some(path) = &args.failures {
         let lines: Vec<String> =
             all.iter().filter(|cut| !cut.running).map(serde_json::to_string).collect::<Result<_, _>>()?;
