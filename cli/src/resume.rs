@@ -56,6 +56,7 @@ impl Received {
             received_token_ids: self.ids.clone(),
             settings: started.settings.clone(),
             passes_used: self.passes,
+            numerics_id: started.numerics_id.clone(),
         };
         GenerateRequest { decoding: None, resume: Some(resume), model: started.model.clone(), ..original.clone() }
     }

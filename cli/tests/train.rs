@@ -87,7 +87,11 @@ fn a_killed_run_goes_on_to_the_same_curve() {
     let started = Instant::now();
     let steps = || std::fs::read_to_string(killed.1.join("log.jsonl")).map_or(0, |text| text.lines().count());
     while steps() < 14 {
-        assert!(started.elapsed() < PATIENCE && child.try_wait().unwrap().is_none(), "the run got to {} steps", steps());
+        assert!(
+            started.elapsed() < PATIENCE && child.try_wait().unwrap().is_none(),
+            "the run got to {} steps",
+            steps()
+        );
         std::thread::yield_now();
     }
     child.kill().unwrap();

@@ -40,6 +40,11 @@ impl Circuit {
         }
     }
 
+    /// Whether somebody should find out if it works again.
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
+        matches!(*self.state(), State::Open { next, .. } if now >= next)
+    }
+
     /// Whether this caller is the one to find out if it works again. Until it has, the circuit rests.
     pub(crate) fn probe(&self, now: Instant) -> bool {
         let mut state = self.state();
@@ -70,6 +75,7 @@ mod tests {
         circuit.open(begin);
         circuit.open(at(200));
         assert!(!circuit.is_closed() && !circuit.probe(at(249)));
+        assert!(!circuit.is_due(at(249)) && circuit.is_due(at(250)), "asking whether it is due probes nothing");
         assert!(circuit.probe(at(250)) && !circuit.probe(at(250)), "a single probe");
         circuit.open(at(251));
         assert!(!circuit.probe(at(749)) && circuit.probe(at(750)), "rests 500 ms");

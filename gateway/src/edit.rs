@@ -70,6 +70,14 @@ pub(crate) fn validate(request: EditRequest, model: &ModelDescriptor) -> Result<
             None => require(false, &format!("spans[{at}]"), "is empty: give text or masks".into()),
         }
     }
+    let masks: u64 =
+        pieces.iter().map(|piece| if let Piece::Masks(count) = piece { u64::from(*count) } else { 0 }).sum();
+    let most = model.context_length;
+    require(
+        masks <= u64::from(most),
+        "spans",
+        format!("hold {masks} masks, must be at most the model's context of {most}"),
+    );
     let priority = request.priority.unwrap_or(0);
     let within = (-PRIORITY_MAX..=PRIORITY_MAX).contains(&priority);
     require(within, "priority", format!("must be from -{PRIORITY_MAX} to {PRIORITY_MAX}, is {priority}"));
@@ -220,6 +228,9 @@ mod tests {
         let expected = ["spans[0].masks", "spans[0].immutable", "spans[1]", "priority", "block_size"];
         assert_eq!(fields(wrong, true)[..5], expected);
         assert_eq!(fields(EditRequest::default(), true), ["spans"]);
+        // Each fits the context, all together do not.
+        let masks = EditRequest { spans: vec![span(Content::Masks(64), false); SPANS_MAX], ..EditRequest::default() };
+        assert_eq!(fields(masks, true), ["spans"]);
         let fine = EditRequest { spans: vec![span(Content::Text("x".into()), false)], ..EditRequest::default() };
         assert_eq!(fields(fine.clone(), false), ["policy"]);
         let valid = validate(fine, &model(true)).unwrap();

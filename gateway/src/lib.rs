@@ -173,7 +173,7 @@ fn service(config: &Config) -> Service {
         dice,
         tokenizers: Tokenizers::default(),
         admission: Arc::new(Admission::new(config.admission)),
-        long_texts: Semaphore::new(LONG_TEXTS_MAX),
+        long_texts: Arc::new(Semaphore::new(LONG_TEXTS_MAX)),
         stall_limit: config.stall_limit,
         group_wait: config.group_wait,
         draining: CancellationToken::new(),

@@ -30,6 +30,11 @@ const OPENINGS_MAX: u32 = 3;
 /// Longest wait for another group when none is left; then those that failed are tried again.
 const REROUTE_WAIT: Duration = Duration::from_millis(500);
 
+/// What timers may be early or late by.
+const CLOCK_TICK: Duration = Duration::from_millis(1);
+/// How much later than the time limit the gateway ends a stream whose worker has not.
+const TIME_LIMIT_GRACE: Duration = Duration::from_millis(250);
+
 /// What stays the same wherever a request runs.
 pub(crate) struct Job {
     pub request_id: String,
@@ -53,6 +58,13 @@ impl Job {
     /// Tokens that are read.
     fn prompt_tokens(&self) -> u32 {
         (self.prompt.len() + self.suffix.len()) as u32
+    }
+
+    /// When its time is over.
+    pub(crate) fn time_limit(&self) -> Option<Instant> {
+        let limit = self.settings.time_limit_ms;
+        // A limit that no clock reaches is none.
+        (limit > 0).then(|| self.arrived.checked_add(Duration::from_millis(limit))).flatten()
     }
 
     /// Positions in all.
@@ -168,6 +180,11 @@ impl Relay {
                 }
                 Err(status) => status,
             };
+            if self.job.deadline.is_some_and(|deadline| deadline <= Instant::now() + CLOCK_TICK) {
+                // Its own deadline ended the call: nothing is known of the group.
+                self.lease = None;
+                return Err(deadline_passed());
+            }
             let verdict = judge(&status);
             if verdict != Verdict::Broken {
                 // A refusal is an answer.
@@ -295,6 +312,7 @@ impl Relay {
     /// stream cancels the request there.
     pub(crate) async fn deliver(mut self, first: Option<Streaming<RunResponse>>, client: Client) {
         let (deadline, request_id) = (self.job.deadline, self.job.request_id.clone());
+        let time_limit = self.job.time_limit().map(|limit| limit + TIME_LIMIT_GRACE);
         (self.patience, self.begun) = (client.group_wait, true);
         let end = tokio::select! {
             biased;
@@ -304,6 +322,10 @@ impl Relay {
                 return;
             }
             () = until(deadline) => Err(deadline_passed()),
+            () = until(time_limit) => {
+                let finish = self.finish(FinishReason::TimeLimit, 0);
+                client.send(Event::Finish(finish)).await
+            }
             () = client.stop.cancelled() => Err(stopping()),
         };
         tracing::debug!(request_id, tokens = self.assembler.ids().len(), ?end, "stream ended");

@@ -106,6 +106,33 @@ impl Table {
         Some(route)
     }
 
+    /// A group for a request that begins here, of whatever numerics unless it names some: later it goes on only where tokens
+    /// are the same. One that reads behind the output where `between` asks for it, if any does.
+    ///
+    /// # Errors
+    /// As [`Table::model`]; UNAVAILABLE when no group of the model has these numerics.
+    pub(crate) fn some_group(
+        &self,
+        name: &str,
+        numerics: &str,
+        between: bool,
+        now: Instant,
+    ) -> Result<Arc<Route>, Status> {
+        let name = &self.model(name)?.model.name;
+        let same =
+            |route: &Route| route.model.name == *name && (numerics.is_empty() || route.model.numerics_id == numerics);
+        let infills =
+            |route: &Route| route.model.capabilities.is_some_and(|can| can.infill.is_some() || can.infill_by_masks);
+        // While versions are mixed, not every group may.
+        let chosen = between && self.routes.iter().any(|route| same(route) && infills(route));
+        let wanted = |route: &Route| same(route) && (!chosen || infills(route));
+        // Else numerics whose groups have all failed would never be asked again.
+        let due = self.routes.iter().find(|route| wanted(route) && route.circuit().is_due(now));
+        due.map(Arc::clone).or_else(|| self.choose(now, None, wanted)).ok_or_else(|| {
+            not_ready(&format!("model `{name}` has no ready group with the numerics of this stream at present"))
+        })
+    }
+
     /// Some group of a model by name, one that works where there is one; an empty name stands for the only model.
     ///
     /// # Errors

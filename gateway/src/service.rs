@@ -47,7 +47,7 @@ pub(crate) struct Service {
     pub upstream: Arc<Upstream>,
     pub tokenizers: Tokenizers,
     pub admission: Arc<Admission>,
-    pub long_texts: Semaphore,
+    pub long_texts: Arc<Semaphore>,
     pub stall_limit: Duration,
     pub group_wait: Duration,
     /// Nothing new is taken.
@@ -133,7 +133,9 @@ impl Service {
         caller: Caller,
     ) -> Result<mpsc::Receiver<Result<GenerateResponse, Status>>, Status> {
         let tenant = self.admit(&caller)?;
-        let (table, route) = self.group(&request.model, caller.deadline).await?;
+        let numerics = request.resume.as_ref().map_or("", |resume| &resume.numerics_id);
+        let wanted = (request.model.as_str(), numerics, request.suffix.is_some());
+        let (table, route) = self.group(wanted, caller.deadline).await?;
         let chosen = table.policy(&route.model.name);
         let valid =
             validate(request, &route.model, chosen, self.dice.number()).map_err(|found| rich::invalid(&found))?;
@@ -148,9 +150,15 @@ impl Service {
         });
         let stops = settings.stop.clone();
         let mut assembler = Assembler::new(tokenizer, prompt.ids.len() as u32, prompt.typed(), stops);
-        assembler.resume(&resumed.received, resumed.passes_used);
+        let Resumed { request_id, received, passes_used } = resumed;
+        let bytes = received.len() * size_of::<u32>();
+        let resume = move || {
+            assembler.resume(&received, passes_used);
+            assembler
+        };
+        let assembler = self.blocking(bytes, resume).await?;
         let job = Job {
-            request_id: resumed.request_id,
+            request_id,
             model: Arc::clone(&route.model),
             opening: prompt.opening(),
             prompt: prompt.ids,
@@ -176,7 +184,7 @@ impl Service {
         caller: Caller,
     ) -> Result<(mpsc::Receiver<Result<GenerateResponse, Status>>, Changes), Status> {
         let tenant = self.admit(&caller)?;
-        let (_, route) = self.group(&request.model, caller.deadline).await?;
+        let (_, route) = self.group((&request.model, "", false), caller.deadline).await?;
         let valid = edit::validate(request, &route.model).map_err(|found| rich::invalid(&found))?;
         let tokenizer = self.tokenizers.get(&route, &self.upstream).await?;
         let bytes = valid.text_bytes();
@@ -228,23 +236,23 @@ impl Service {
         // What a resumed stream already has was paid for where it came from.
         let rows = job.positions().saturating_sub(assembler.ids().len() as u64);
         caller.tenant.spend(rows)?;
+        let spent = Spent { tenant: &caller.tenant, rows };
         let ask = Ask {
             tenant: job.salt,
             weight: caller.tenant.weight(),
             rows,
             priority: job.priority,
-            deadline: job.deadline,
+            deadline: [job.deadline, job.time_limit()].into_iter().flatten().min(),
             begun,
         };
-        let entered = self.admission.enter(ask).await;
-        let ticket = entered.inspect_err(|_| caller.tenant.refund(rows))?;
+        let ticket = self.admission.enter(ask).await?;
         self.upstream.retries().deposit(Instant::now().into_std());
         let mut relay = Relay::new(Arc::clone(&self.upstream), job, assembler, self.begin_wait());
         let first = match relay.over() {
             Some(_) => None,
-            // What no group took was not spent.
-            None => Some(relay.open().await.inspect_err(|_| caller.tenant.refund(rows))?),
+            None => Some(relay.open().await?),
         };
+        spent.kept();
         let (events, reading) = mpsc::channel(EVENTS_MAX);
         // The channel is empty: the first event fits.
         let _ = events.try_send(Ok(GenerateResponse { event: Some(relay.started()) }));
@@ -254,18 +262,23 @@ impl Service {
         Ok(reading)
     }
 
-    /// Some group of a model, and the table it is in. Where a model that was served has none at present, waits a little: a
-    /// group that lost a rank forms anew within seconds.
+    /// Some group of a model, and the table it is in; the numerics it must have and whether it has to read behind the output
+    /// come with the name. Where a model that was served has
+    /// none at present, waits a little: a group that lost a rank forms anew within seconds.
     ///
     /// # Errors
-    /// As [`Table::model`](crate::routes::Table::model).
-    async fn group(&self, model: &str, deadline: Option<Instant>) -> Result<(Arc<Table>, Arc<Route>), Status> {
+    /// As [`Table::some_group`](crate::routes::Table::some_group).
+    async fn group(
+        &self,
+        (model, numerics, between): (&str, &str, bool),
+        deadline: Option<Instant>,
+    ) -> Result<(Arc<Table>, Arc<Route>), Status> {
         let patience = Instant::now() + self.begin_wait();
         let until = deadline.map_or(patience, |deadline| deadline.min(patience));
         let mut tables = self.upstream.routes.watch();
         loop {
             let table = Arc::clone(&tables.borrow_and_update());
-            let status = match table.model(model) {
+            let status = match table.some_group(model, numerics, between, Instant::now().into_std()) {
                 Ok(route) => return Ok((table, route)),
                 Err(status) => status,
             };
@@ -328,8 +341,32 @@ impl Service {
             return Ok(work());
         }
         let failed = |_| rich::status(Code::Internal, "ENCODING_FAILED", "the text could not be encoded");
-        let _turn = self.long_texts.acquire().await.map_err(|_| stopping())?;
+        let turn = Arc::clone(&self.long_texts).acquire_owned().await.map_err(|_| stopping())?;
+        let work = move || {
+            // Held until the work is done: it goes on when the client has gone.
+            let _turn = turn;
+            work()
+        };
         tokio::task::spawn_blocking(work).await.map_err(failed)
+    }
+}
+
+/// Rows that a tenant has spent on a request; back when no group takes it, or its client goes before.
+struct Spent<'a> {
+    tenant: &'a Tenant,
+    rows: u64,
+}
+
+impl Spent<'_> {
+    /// A group works on them.
+    fn kept(mut self) {
+        self.rows = 0;
+    }
+}
+
+impl Drop for Spent<'_> {
+    fn drop(&mut self) {
+        self.tenant.refund(self.rows);
     }
 }
 

@@ -1,7 +1,8 @@
 //! Tokenizers by digest, fetched once from a worker that has them.
 
 use crate::route::Route;
-use crate::upstream::{Upstream, forward, with_sources};
+use crate::routes::RETRY_AFTER;
+use crate::upstream::{Upstream, Verdict, judge, with_sources};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 use tonic::{Code, Status};
@@ -11,6 +12,9 @@ use unmask_text::Tokenizer;
 
 /// Most tokenizers kept; the one unused for the longest time goes first.
 const TOKENIZERS_MAX: usize = 16;
+
+/// Most groups that are asked for one tokenizer.
+const GROUPS_ASKED_MAX: usize = 3;
 
 type Entry = Arc<OnceCell<Arc<Tokenizer>>>;
 
@@ -31,16 +35,16 @@ impl Tokenizers {
         cell
     }
 
-    /// The tokenizer of a route's model. Those who ask for the same one at once wait for one fetch.
+    /// The tokenizer of a route's model, from its worker or another that has it. Those who ask for the same one at once wait for one fetch.
     ///
     /// # Errors
-    /// UNAVAILABLE when the worker does not send it; INTERNAL when what it sends is not what it said.
+    /// UNAVAILABLE when no worker sends it; INTERNAL when what it sends is not what it said.
     pub(crate) async fn get(&self, route: &Route, upstream: &Upstream) -> Result<Arc<Tokenizer>, Status> {
         let digest = &route.model.tokenizer_digest;
         let cell = self.entry(digest);
         let tokenizer = cell
             .get_or_try_init(|| async {
-                let files = upstream.workers.fetch_tokenizer(route, &upstream.routes).await.map_err(|s| forward(&s))?;
+                let files = fetch(route, upstream).await?;
                 let built = tokio::task::spawn_blocking(move || build(&files)).await;
                 let tokenizer = built.map_err(|error| bad(&with_sources(&error)))??;
                 if tokenizer.digest() != digest {
@@ -52,6 +56,28 @@ impl Tokenizers {
             .await?;
         Ok(Arc::clone(tokenizer))
     }
+}
+
+/// Asks one group after the other, the route's first.
+async fn fetch(route: &Route, upstream: &Upstream) -> Result<FetchTokenizerResponse, Status> {
+    let table = upstream.routes.table();
+    let same = |other: &&Route| other.model.tokenizer_digest == route.model.tokenizer_digest;
+    let others = table.routes.iter().map(Arc::as_ref).filter(same).filter(|other| other.group != route.group);
+    let mut last = String::new();
+    for route in [route].into_iter().chain(others).take(GROUPS_ASKED_MAX) {
+        match upstream.workers.fetch_tokenizer(route, &upstream.routes).await {
+            Ok(files) => return Ok(files),
+            Err(status) => {
+                if judge(&status) == Verdict::Broken {
+                    route.broke();
+                }
+                tracing::warn!(group = route.group, %status, "fetching the tokenizer");
+                last = status.message().to_owned();
+            }
+        }
+    }
+    let message = format!("no group sends the model's tokenizer; the last one: {last}");
+    Err(rich::retryable(Code::Unavailable, "NO_TOKENIZER", message, RETRY_AFTER))
 }
 
 fn build(files: &FetchTokenizerResponse) -> Result<Tokenizer, Status> {

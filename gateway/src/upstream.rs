@@ -91,7 +91,7 @@ impl Workers {
         let request = FetchTokenizerRequest { digest: route.model.tokenizer_digest.clone() };
         let mut client = self.client(&route.endpoint, routes)?.max_decoding_message_size(FETCH_BYTES_MAX);
         let fetched = tokio::time::timeout(FETCH_LIMIT, client.fetch_tokenizer(request)).await;
-        Ok(fetched.map_err(|_| Status::unavailable("the worker sent no tokenizer in time"))??.into_inner())
+        Ok(fetched.map_err(|_| Status::unavailable("it sent no tokenizer in time"))??.into_inner())
     }
 }
 

@@ -124,7 +124,7 @@ pub(crate) fn validate(
             found.require(decoding == Decoding::default(), "decoding", || {
                 "must be left out with resume, whose settings hold".into()
             });
-            resumed(resume, model, &mut found)
+            resumed(resume, model, chosen, &mut found)
         }
         None => {
             check_said(&decoding, &mut found);
@@ -232,8 +232,13 @@ fn check_said(decoding: &Decoding, found: &mut Found) {
     found.require(!unnamed, "decoding.policy", || "names no policy: name one or leave it out".into());
 }
 
-fn resumed(resume: Resume, model: &ModelDescriptor, found: &mut Found) -> (ResolvedSettings, Option<Resumed>) {
-    let Resume { request_id, received_token_ids: received, settings, passes_used } = resume;
+fn resumed(
+    resume: Resume,
+    model: &ModelDescriptor,
+    chosen: Option<&ModelPolicy>,
+    found: &mut Found,
+) -> (ResolvedSettings, Option<Resumed>) {
+    let Resume { request_id, received_token_ids: received, settings, passes_used, numerics_id: _ } = resume;
     let visible = request_id.bytes().all(|byte| byte.is_ascii_graphic());
     let fits = (1..=REQUEST_ID_BYTES_MAX).contains(&request_id.len());
     found.require(visible && fits, "resume.request_id", || {
@@ -241,7 +246,7 @@ fn resumed(resume: Resume, model: &ModelDescriptor, found: &mut Found) -> (Resol
     });
     check_ids(&received, "resume.received_token_ids", model, found);
     found.require(settings.is_some(), "resume.settings", || "is missing: give the settings of Started".into());
-    let settings = settings.unwrap_or_default();
+    let mut settings = settings.unwrap_or_default();
     if found.0.iter().all(|violation| violation.field != "resume.settings") {
         found.require(settings.max_tokens > 0, "resume.settings.max_tokens", || "must be at least 1, is 0".into());
         found.require(received.len() as u64 <= u64::from(settings.max_tokens), "resume.received_token_ids", || {
@@ -250,6 +255,8 @@ fn resumed(resume: Resume, model: &ModelDescriptor, found: &mut Found) -> (Resol
         let capabilities = model.capabilities.unwrap_or_default();
         check_settings(&settings, "resume.settings", model, &capabilities, found);
     }
+    // Workers report the highest that they took up: one that nobody has given yet would hide those to come.
+    settings.policy_revision = settings.policy_revision.min(chosen.map_or(0, |chosen| chosen.revision));
     (settings, Some(Resumed { request_id, received, passes_used }))
 }
 

@@ -11,7 +11,7 @@ use unmask_gateway::Config;
 use unmask_gateway::tenants::{self, RawTenant, Tenants};
 use unmask_proto::rich;
 use unmask_proto::v1::policy::{Kind, Threshold};
-use unmask_proto::v1::{Capabilities, Draft, FinishReason, Policy, RunRequest};
+use unmask_proto::v1::{Capabilities, Draft, FinishReason, ListModelsRequest, Policy, RunRequest};
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
@@ -217,6 +217,22 @@ async fn what_is_wrong_is_named_all_at_once() {
 }
 
 /// Where a model reads both sides of a gap, its worker gets both, and all of it is the prompt that is counted.
+/// Every message of a body is wrong in many ways; what is told of them has a limit.
+#[tokio::test]
+async fn a_body_full_of_mistakes_is_refused_in_few_words() {
+    let (gateway, _worker) = one().await;
+    let part = json!({"type": "image_url"});
+    for messages in
+        [vec![json!({}); 300_000], vec![json!({"a": 1, "b": 2}); 1000], vec![json!({"content": vec![part; 5000]})]]
+    {
+        let body = json!({"messages": messages, "stream": 3});
+        let (status, error) = post(gateway.http, CHAT, body).await.error().await;
+        assert_eq!(status, 400);
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("messages") && message.len() < 10_000, "{}", message.len());
+    }
+}
+
 #[tokio::test]
 async fn a_gap_for_masks_is_asked_with_both_sides() {
     let mut worker = Worker::start().await;
@@ -368,6 +384,26 @@ async fn a_deadline_of_the_call_is_kept() {
     let got = ask(gateway.http, "POST", COMPLETIONS, &headers, &json!({ "prompt": "p" }).to_string()).await;
     let (status, error) = got.error().await;
     assert_eq!((status, &error["code"]), (504, &json!("deadline_exceeded")));
+}
+
+/// A call that ends by its own deadline says nothing about the group that was being asked.
+#[tokio::test]
+async fn a_deadline_while_a_group_is_asked_is_not_its_fault() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let worker = Worker::start().await;
+    let route = unmask_proto::v1::Route { endpoint: silent.local_addr().unwrap().to_string(), ..worker.route("b", 1) };
+    let gateway = Gateway::start(vec![worker.route("a", 1)]).await;
+    // The tokenizer comes from the worker, then the only group is one that takes connections and says nothing.
+    worker.answer_all("x");
+    assert_eq!(post(gateway.http, COMPLETIONS, json!({ "prompt": "p" })).await.status, 200);
+    gateway.set_routes(Vec::new()).await;
+    gateway.set_routes(vec![route]).await;
+    let body = json!({ "prompt": "p" }).to_string();
+    let (status, _) =
+        ask(gateway.http, "POST", COMPLETIONS, &[JSON, ("grpc-timeout", "300m")], &body).await.error().await;
+    assert_eq!(status, 504);
+    let models = gateway.client.clone().list_models(ListModelsRequest {}).await.unwrap().into_inner().models;
+    assert_eq!(models[0].ready_groups, 1);
 }
 
 #[tokio::test]

@@ -370,6 +370,39 @@ async fn drafts_come_when_asked_for() {
     }
 }
 
+/// The limit holds where no worker minds it: a hung one, or none at all.
+#[tokio::test]
+async fn a_time_limit_ends_a_stream_that_nobody_ends() {
+    let (gateway, mut worker) = one().await;
+    let decoding = Decoding { time_limit_ms: Some(100), ..Default::default() };
+    let mut stream = gateway.generate(with("p", decoding.clone())).await.unwrap();
+    stream.started().await;
+    let mut run = worker.run().await;
+    run.commit(&ids("ab")).await;
+    let output = stream.all().await.unwrap();
+    let finish = output.finish.unwrap();
+    assert_eq!((output.text.as_str(), finish.reason()), ("ab", FinishReason::TimeLimit));
+    run.cancelled().await;
+
+    let stream = gateway.generate(with("p", decoding)).await.unwrap();
+    let run = worker.run().await;
+    gateway.set_routes(Vec::new()).await;
+    run.fail(Status::unavailable("gone")).await;
+    assert_eq!(stream.all().await.unwrap().finish.unwrap().reason(), FinishReason::TimeLimit);
+}
+
+/// A gateway that has just started asks another worker for the tokenizer when the first is not there.
+#[tokio::test]
+async fn a_tokenizer_comes_from_whoever_has_it() {
+    let worker = Worker::start().await;
+    let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let gone = |group: &str| unmask_proto::v1::Route { endpoint: closed.to_string(), ..worker.route(group, 1) };
+    let gateway = Gateway::start(vec![gone("a"), gone("b"), worker.route("c", 1)]).await;
+    worker.answer_all("x");
+    let output = gateway.generate(text("p")).await.unwrap().all().await.unwrap();
+    assert_eq!(output.text, "x");
+}
+
 #[tokio::test]
 async fn a_resumed_stream_gives_only_what_is_new() {
     let (gateway, mut worker) = one().await;
@@ -388,6 +421,7 @@ async fn a_resumed_stream_gives_only_what_is_new() {
             received_token_ids: received.to_vec(),
             settings: started.settings.clone(),
             passes_used: 2,
+            numerics_id: started.numerics_id.clone(),
         }),
         ..text("p")
     };

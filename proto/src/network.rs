@@ -1,7 +1,7 @@
 //! How services reach each other: over TCP, with TLS or plain, or over whatever else dials and accepts (a test's own
 //! network).
 
-use crate::tls::{Protocol, Tls, TlsDial, accept};
+use crate::tls::{ACCEPT_PAUSE, Protocol, Tls, TlsDial, accept};
 use std::fmt;
 use std::future::Future;
 use std::io;
@@ -210,11 +210,17 @@ impl Incoming {
 impl From<TcpListener> for Incoming {
     fn from(listener: TcpListener) -> Self {
         let address = listener.local_addr();
-        let connections = TcpListenerStream::new(listener).map(|accepted| {
-            let stream = accepted?;
-            // Of a peer that has gone already; reading will say so.
-            let _ = stream.set_nodelay(true);
-            Ok(Connection::new(stream))
+        let connections = TcpListenerStream::new(listener).then(async |accepted| match accepted {
+            Ok(stream) => {
+                // Of a peer that has gone already; reading will say so.
+                let _ = stream.set_nodelay(true);
+                Ok(Connection::new(stream))
+            }
+            Err(error) => {
+                // Servers ask again at once.
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                Err(error)
+            }
         });
         Self { address, connections: Box::pin(connections) }
     }

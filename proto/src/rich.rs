@@ -4,6 +4,10 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+/// Longest message, and most that all violations have together (bytes). They travel in headers, encoded up to threefold, of
+/// which peers take 16 KiB as a rule and else close the connection with all its streams.
+const TEXT_BYTES_MAX: usize = 2 << 10;
+
 /// Domain of every `ErrorInfo` this project sends.
 pub const DOMAIN: &str = "unmask";
 
@@ -27,7 +31,17 @@ impl Violation {
 pub fn status(code: Code, reason: &str, message: impl Into<String>) -> Status {
     let mut details = ErrorDetails::new();
     details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
-    Status::with_error_details(code, message, details)
+    Status::with_error_details(code, cut(message.into(), TEXT_BYTES_MAX), details)
+}
+
+/// `text`, or its beginning with an ellipsis.
+fn cut(mut text: String, bytes_max: usize) -> String {
+    if text.len() > bytes_max {
+        let end = (0..=bytes_max).rfind(|end| text.is_char_boundary(*end));
+        text.truncate(end.unwrap_or(0));
+        text.push('\u{2026}');
+    }
+    text
 }
 
 /// A status that carries `ErrorInfo` and `RetryInfo`.
@@ -35,17 +49,27 @@ pub fn retryable(code: Code, reason: &str, message: impl Into<String>, after: Du
     let mut details = ErrorDetails::new();
     details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
     details.set_retry_info(Some(after));
-    Status::with_error_details(code, message, details)
+    Status::with_error_details(code, cut(message.into(), TEXT_BYTES_MAX), details)
 }
 
-/// INVALID_ARGUMENT with every violation at once, in the message and as `BadRequest`.
+/// INVALID_ARGUMENT with every violation at once, in the message and as `BadRequest`; where they are too many or too long,
+/// with as much as fits.
 pub fn invalid(violations: &[Violation]) -> Status {
     let mut details = ErrorDetails::new();
     details.set_error_info("INVALID_REQUEST", DOMAIN, std::collections::HashMap::new());
-    for violation in violations {
-        details.add_bad_request_violation(&violation.field, &violation.description);
+    let (mut listed, mut left) = (Vec::new(), TEXT_BYTES_MAX);
+    for Violation { field, description } in violations {
+        if left == 0 {
+            listed.push(format!("and {} more", violations.len() - listed.len()));
+            break;
+        }
+        let field = cut(field.clone(), left);
+        left = left.saturating_sub(field.len());
+        let description = cut(description.clone(), left);
+        left = left.saturating_sub(description.len());
+        listed.push(format!("{field}: {description}"));
+        details.add_bad_request_violation(field, description);
     }
-    let listed: Vec<_> = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
     Status::with_error_details(Code::InvalidArgument, listed.join("; "), details)
 }
 
@@ -64,5 +88,20 @@ mod tests {
         let details = status.get_error_details();
         assert_eq!(details.bad_request().map(|b| b.field_violations.len()), Some(2));
         assert_eq!(details.error_info().map(|i| i.domain.as_str()), Some(DOMAIN));
+    }
+
+    #[test]
+    fn what_clients_send_is_not_sent_back_without_limit() {
+        let long = "\u{e9}".repeat(1 << 20);
+        for status in [
+            status(Code::NotFound, "R", &long),
+            retryable(Code::Unavailable, "R", &long, Duration::ZERO),
+            invalid(&[Violation::new("model", &long)]),
+            invalid(&vec![Violation::new(&long, &long); 9]),
+            invalid(&vec![Violation::new("messages[1].role", "is missing: give one"); 5000]),
+        ] {
+            let (message, details) = (status.message().len(), status.details().len());
+            assert!(3 * message + details * 4 / 3 < 16 << 10, "{message} {details}");
+        }
     }
 }

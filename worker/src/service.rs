@@ -119,13 +119,14 @@ impl Service {
                 mapping::RETRY_AFTER,
             ));
         }
-        if !message.model.is_empty() && message.model != serving.model_name {
-            let message = format!("no model `{}` here, only `{}`", message.model, serving.model_name);
-            return Err(rich::status(Code::NotFound, "UNKNOWN_MODEL", message));
-        }
+        // First: who comes by an old route meant another group, perhaps of another model.
         if message.epoch != 0 && message.epoch != epoch && !planted(Bug::NoEpochCheck) {
             let message = format!("epoch {} is not this group's, which is {epoch}", message.epoch);
             return Err(rich::status(Code::FailedPrecondition, "STALE_EPOCH", message));
+        }
+        if !message.model.is_empty() && message.model != serving.model_name {
+            let message = format!("no model `{}` here, only `{}`", message.model, serving.model_name);
+            return Err(rich::status(Code::NotFound, "UNKNOWN_MODEL", message));
         }
         Ok(())
     }

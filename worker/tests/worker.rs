@@ -218,6 +218,8 @@ async fn what_cannot_be_served_is_refused_with_its_reason() {
     };
     for (message, code, needle) in [
         (RunRequest { epoch: 3, ..request(5) }, Code::FailedPrecondition, "epoch 3"),
+        // By a route of a group that the worker no longer is.
+        (RunRequest { epoch: 3, model: "no".into(), ..request(5) }, Code::FailedPrecondition, "epoch 3"),
         (RunRequest { model: "no".into(), ..request(5) }, Code::NotFound, "`no`"),
         (RunRequest { settings: None, ..request(5) }, Code::InvalidArgument, "settings: is missing"),
         (RunRequest { prompt_ids: vec![], ..request(5) }, Code::InvalidArgument, "prompt_ids: "),

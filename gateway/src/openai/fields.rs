@@ -4,6 +4,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use unmask_proto::rich::Violation;
 
+/// Most problems of one body that are told.
+const PROBLEMS_MAX: usize = 64;
+
 /// What is left of an object, and what was wrong so far.
 pub(super) struct Fields {
     /// Before each key's name in a problem.
@@ -28,7 +31,9 @@ impl Fields {
 
     /// A problem of `key`.
     pub(super) fn wrong(&mut self, key: &str, description: impl Into<String>) {
-        self.problems.push(Violation::new(format!("{}{key}", self.prefix), description));
+        if self.problems.len() < PROBLEMS_MAX {
+            self.problems.push(Violation::new(format!("{}{key}", self.prefix), description));
+        }
     }
 
     /// The value of a key; null counts as absent.
@@ -72,7 +77,8 @@ impl Fields {
 
     /// Ends an object within this one.
     pub(super) fn close(&mut self, inner: Fields) {
-        self.problems.extend(inner.end());
+        let room = PROBLEMS_MAX - self.problems.len();
+        self.problems.extend(inner.end().into_iter().take(room));
     }
 
     /// Every problem; what was not asked for is not known.

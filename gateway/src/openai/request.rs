@@ -3,6 +3,7 @@
 use super::answer::Api;
 use super::fields::Fields;
 use crate::policy;
+use crate::validate::MESSAGES_MAX;
 use serde_json::{Map, Value, json};
 use unmask_proto::rich::Violation;
 use unmask_proto::v1::generate_request::Input;
@@ -193,8 +194,13 @@ fn messages(fields: &mut Fields) -> Option<Input> {
             None
         }
     };
+    let list = list?;
+    if list.len() > MESSAGES_MAX {
+        fields.wrong("messages", format!("holds {} messages, at most {MESSAGES_MAX} are taken", list.len()));
+        return None;
+    }
     let mut messages = Vec::new();
-    for (at, value) in list?.into_iter().enumerate() {
+    for (at, value) in list.into_iter().enumerate() {
         let mut message = Fields::new(value, &format!("messages[{at}]"));
         messages.push(ChatMessage { role: role(&mut message), content: content(&mut message) });
         // What OpenAI's clients send back of an answer.

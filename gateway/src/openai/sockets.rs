@@ -2,12 +2,8 @@
 
 use axum::serve::Listener;
 use std::io;
-use std::time::Duration;
 use tokio_stream::StreamExt as _;
 use unmask_proto::network::{Connection, Incoming};
-
-/// Pause after an error that is not of one connection, such as too many open files.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Where the interface accepts connections.
 pub(super) struct Sockets(pub Incoming);
@@ -21,10 +17,7 @@ impl Listener for Sockets {
         loop {
             match self.0.next().await {
                 Some(Ok(connection)) => return (connection, ()),
-                Some(Err(error)) => {
-                    tracing::warn!(%error, "accepting a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
+                Some(Err(error)) => tracing::warn!(%error, "accepting a connection"),
                 None => std::future::pending().await,
             }
         }

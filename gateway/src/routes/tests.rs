@@ -125,6 +125,30 @@ fn a_group_that_broke_is_passed_over_until_its_next_epoch_or_when_there_is_no_ot
 }
 
 #[test]
+fn new_requests_go_to_groups_of_any_numerics_and_later_ones_to_their_own() {
+    let (routes, now) = (Routes::new(Arc::default()), Instant::now());
+    let with = |group: &str, numerics: &str| v1::Route {
+        descriptor: Some(ModelDescriptor { name: "a".into(), numerics_id: numerics.into(), ..Default::default() }),
+        ..route("a", group, 0)
+    };
+    routes.replace(table(vec![with("1", "x"), with("2", "y"), with("3", "y")]));
+    let drawn = |numerics| {
+        let groups = (0..300).map(|_| routes.table().some_group("a", numerics, false, now).unwrap().group.clone());
+        groups.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(drawn(""), ["1", "2", "3"]);
+    assert_eq!(drawn("y"), ["2", "3"]);
+    let status = routes.table().some_group("a", "z", false, now).unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    // The only group of its numerics that has failed is asked again when it is due.
+    let first = routes.table().routes.iter().find(|route| route.group == "1").cloned().unwrap();
+    first.broke();
+    assert_eq!(drawn(""), ["2", "3"]);
+    let later = Instant::now() + Duration::from_secs(1);
+    assert_eq!(routes.table().some_group("a", "", false, later).unwrap().group, "1");
+}
+
+#[test]
 fn only_a_request_probes_a_group_that_broke() {
     let routes = Routes::new(Arc::default());
     routes.replace(table(vec![route("a", "1", 0), route("a", "2", 0)]));

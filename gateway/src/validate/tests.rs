@@ -256,7 +256,13 @@ fn a_resumed_request_takes_its_settings_as_they_are_and_checks_them() {
     let settings = fit(&valid, &model, 10).unwrap();
     let resume = |settings: Option<ResolvedSettings>, received: Vec<u32>| GenerateRequest {
         decoding: None,
-        resume: Some(Resume { request_id: "id".into(), received_token_ids: received, settings, passes_used: 3 }),
+        resume: Some(Resume {
+            request_id: "id".into(),
+            received_token_ids: received,
+            settings,
+            passes_used: 3,
+            numerics_id: "n".into(),
+        }),
         ..text(Decoding::default())
     };
     let resumed = validate(resume(Some(settings.clone()), vec![5; 32]), &model, 1).unwrap();

@@ -17,7 +17,7 @@ pub(super) const HANDSHAKES_MAX: usize = 512;
 /// Connections that wait to be served.
 const READY_MAX: usize = 16;
 /// Pause after an error that is not of one connection, such as too many open files.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// First byte of a client that speaks TLS: a record of its handshake.
 const HANDSHAKE_RECORD: u8 = 22;
 /// What is read, and thrown away, of a client that is refused, so that it gets to read why (bytes).

@@ -18,7 +18,7 @@ mod reload;
 mod tests;
 
 pub use accept::Protocol;
-pub(crate) use accept::accept;
+pub(crate) use accept::{ACCEPT_PAUSE, accept};
 pub use config::{RawTls, TlsConfig};
 pub(crate) use dial::TlsDial;
 pub use links::{Links, PlainError};

@@ -205,6 +205,7 @@ impl Asking {
             received_token_ids: self.tokens.clone(),
             settings: Some(settings),
             passes_used,
+            numerics_id: String::new(),
         });
         GenerateRequest {
             input: Some(Input::TokenIds(TokenIds { ids: self.wish.prompt.clone() })),
