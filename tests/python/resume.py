@@ -71,6 +71,7 @@ class ResumingStream:
             received_token_ids=self.ids,
             settings=self.started.settings,
             passes_used=self.passes,
+            numerics_id=self.started.numerics_id,
         ))
         return request
 

@@ -18,6 +18,7 @@ use unmask_trainer::{
     progress::{Record, RoundRecord},
     recipe,
     repair::{Repair, repair},
+    stage_on_policy::OnPolicyStage,
     stage_order::{OrderStage, RawOrder, train_order},
     step::Spread,
     train_mask,
@@ -112,6 +113,24 @@ fn settings_of_later_stages_name_every_wrong_key() {
 
 fn models() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models")
+}
+
+/// Files that people copy are read and pass their checks.
+#[test]
+fn every_recipe_is_usable() {
+    let recipe = |name: &str| models().join("recipe").join(name).with_extension("toml");
+    recipe::read::<recipe::TokenizerStage>(&recipe("tokenizer")).unwrap();
+    for name in ["mask", "edit", "curriculum", "twin"] {
+        recipe::read::<recipe::MaskRun>(&recipe(name)).unwrap().stage.validate().unwrap();
+    }
+    let order: recipe::OrderRun = recipe::read(&recipe("order")).unwrap();
+    OrderStage::new(order.order, order.stage).unwrap();
+    for name in ["on-policy", "on-policy-2", "infill", "on-policy-4"] {
+        let run: recipe::OnPolicyRun = recipe::read(&recipe(name)).unwrap();
+        OnPolicyStage::new(run.on_policy, run.stage).unwrap();
+    }
+    let files = std::fs::read_dir(models().join("recipe")).unwrap().count();
+    assert_eq!(files, 10, "every file is read above");
 }
 
 fn few_steps_from_bundled(data: &mut MixtureConfig, stage: &mut RawMaskStage, steps: usize, dir: &Path) {
