@@ -88,7 +88,7 @@ impl Pooled {
                 changed(&mut orders).await;
                 continue;
             };
-            let stop = Arc::new(AtomicBool::new(false));
+            let (stop, taken_seat) = (Arc::new(AtomicBool::new(false)), seat.clone());
             let mut taking = spawn_blocking({
                 let (config, listener, held) = (self.config.clone(), Arc::clone(&self.listener), self.held.take());
                 let (membership, stop) = (Arc::clone(&self.membership), Arc::clone(&stop));
@@ -108,10 +108,12 @@ impl Pooled {
             match taken {
                 Ok(_) if stop.load(Ordering::Acquire) => {}
                 Ok(Taken::Leads { serving, thread, abort }) => {
-                    self.lead(epoch, serving, thread, abort, changed(&mut orders)).await;
+                    let order = (epoch, &taken_seat);
+                    self.lead(order, serving, thread, abort, changed(&mut orders)).await;
                 }
                 Ok(Taken::Follows { thread, ended, abort }) => {
-                    self.follow(epoch, thread, ended, abort, changed(&mut orders)).await;
+                    let order = (epoch, &taken_seat);
+                    self.follow(order, thread, ended, abort, changed(&mut orders)).await;
                 }
                 Err(error) => {
                     tracing::warn!(%error, epoch, "no seat in the group");
@@ -127,7 +129,7 @@ impl Pooled {
     /// Serves until the group is over and another order has come.
     async fn lead(
         &self,
-        epoch: u64,
+        (epoch, seat): (u64, &Seat),
         serving: Arc<Serving>,
         thread: JoinHandle<()>,
         abort: AbortHandle,
@@ -148,8 +150,9 @@ impl Pooled {
                 ordered.await;
             }
         }
-        if self.membership.standing().readiness == Readiness::Spare {
-            self.finish().await;
+        if runner.failure().is_none() && self.is_planned(seat) {
+            let mut open = self.open.subscribe();
+            self.finish(async { drop(open.wait_for(|open| *open == 0).await) }).await;
         }
         self.serving.send_replace(None);
         abort.abort();
@@ -157,12 +160,23 @@ impl Pooled {
         join_threads(vec![("engine", thread)]).await;
     }
 
-    /// One that has become a spare finishes what it holds, up to the drain limit or another order.
-    async fn finish(&self) {
-        let (mut open, mut orders) = (self.open.subscribe(), self.membership.orders());
-        let another = |order: &Option<Order>| order.as_ref().is_some_and(|order| order.seat.is_some());
+    /// Whether the last order ends a group that works: it makes a spare, or wants other weights. Else a group forms anew
+    /// because it lost a rank.
+    fn is_planned(&self, seat: &Seat) -> bool {
+        let order = self.membership.orders().borrow().clone();
+        order.is_some_and(|order| {
+            order.seat.is_none_or(|next| (next.path, next.dtype) != (seat.path.clone(), seat.dtype.clone()))
+        })
+    }
+
+    /// What is under way may finish until `done`, up to the drain limit or an order for another seat.
+    async fn finish(&self, done: impl Future<Output = ()>) {
+        let mut orders = self.membership.orders();
+        let epoch = orders.borrow().as_ref().map_or(0, |order| order.epoch);
+        let another =
+            |order: &Option<Order>| order.as_ref().is_some_and(|order| order.epoch > epoch && order.seat.is_some());
         tokio::select! {
-            () = async { drop(open.wait_for(|open| *open == 0).await) } => {}
+            () = done => {}
             () = async { drop(orders.wait_for(another).await) } => {}
             () = tokio::time::sleep(self.config.drain_limit) => {}
         }
@@ -171,17 +185,22 @@ impl Pooled {
     /// Computes its share until the group is over and another order has come.
     async fn follow(
         &self,
-        epoch: u64,
+        (epoch, seat): (u64, &Seat),
         thread: JoinHandle<()>,
-        ended: oneshot::Receiver<String>,
+        mut ended: oneshot::Receiver<String>,
         abort: AbortHandle,
         ordered: impl Future<Output = ()>,
     ) {
         self.membership.stand(epoch, Readiness::Ready);
         tokio::pin!(ordered);
         tokio::select! {
-            () = &mut ordered => {}
-            why = ended => {
+            () = &mut ordered => {
+                if self.is_planned(seat) {
+                    // Until rank 0 has finished.
+                    self.finish(async { drop((&mut ended).await) }).await;
+                }
+            }
+            why = &mut ended => {
                 let why = why.unwrap_or_else(|_| "the rank's thread panicked".into());
                 tracing::warn!(why, epoch, "the group is over");
                 self.membership.stand(epoch, Readiness::Fenced(why));

@@ -1,9 +1,12 @@
 //! Workers of the pool: groups of several ranks are placed, lose ranks, and form anew with a spare.
 
-use super::{Load, STREAMS, unmask};
+use super::{Load, STREAMS, stream, stream_from, unmask};
 use crate::processes::{Cluster, LIMIT, Process};
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+use tokio::task::JoinSet;
 use unmask_controller::config::MEMBER_TTL;
 use unmask_proto::v1::{GroupState, GroupStatus};
 
@@ -150,4 +153,36 @@ async fn groups_follow_what_is_wanted_through_a_restart_of_the_controller_and_a_
     load.end("a controller restarted, a worker drained").await;
     cluster.apply("replicas: 1\n");
     cluster.serving(0, 1).await;
+}
+
+/// Other weights give other tokens: no other group could go on with what is under way.
+async fn other_weights_let_streams_end(workers: &[&str], group: &str) {
+    let one = Pooled::start(workers, group).await;
+    let (begun, mut streams) = (Arc::new(AtomicUsize::new(0)), JoinSet::new());
+    for index in 0..8 * STREAMS {
+        let (endpoints, begun) = (one.cluster.endpoints(), Arc::clone(&begun));
+        streams.spawn(async move { stream_from(&endpoints, index, &begun).await });
+    }
+    let all_begun = async {
+        while begun.load(Ordering::Relaxed) < 8 * STREAMS {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, all_begun).await.expect("all streams begin");
+    tokio::task::block_in_place(|| one.cluster.apply_as("bf16", group));
+    while let Some(ended) = streams.join_next().await {
+        let ended = ended.unwrap().expect("a stream ends where it began");
+        assert!(!ended.continued);
+    }
+    stream(&one.cluster.endpoints(), 0).await.expect("the new weights serve");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_end_before_the_only_group_takes_other_weights() {
+    other_weights_let_streams_end(&["a"], "replicas: 1\n").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_end_before_the_only_group_of_two_ranks_takes_other_weights() {
+    other_weights_let_streams_end(&["a", "b"], "tensor_parallel: 2\n").await;
 }

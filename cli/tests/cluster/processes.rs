@@ -179,7 +179,12 @@ impl Cluster {
 
     /// Runs `unmask apply` on a file's text, and waits until all groups serve.
     pub fn apply(&self, groups: &str) {
-        let yaml = format!("name: m\npath: {}\ndtype: f32\n{groups}", model());
+        self.apply_as("f32", groups);
+    }
+
+    /// As [`Cluster::apply`], with weights of another type.
+    pub fn apply_as(&self, dtype: &str, groups: &str) {
+        let yaml = format!("name: m\npath: {}\ndtype: {dtype}\n{groups}", model());
         let mut child = Command::new(env!("CARGO_BIN_EXE_unmask"))
             .args(["apply", "-f", "-", "--wait", "--limit-s", "60", "--controller", &self.control])
             .stdin(Stdio::piped())
