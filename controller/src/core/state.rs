@@ -182,6 +182,17 @@ impl State {
     }
 
     pub(super) fn hello(&mut self, stream: StreamId, joining: Joining, now: Duration, actions: &mut Vec<Action>) {
+        let (worker_id, member) = (joining.worker_id.clone(), self.members.get(&joining.worker_id));
+        let told = member.is_some_and(|member| member.readiness == Readiness::Draining);
+        // The same process, which did not hear of it: one that has started since knows no epoch.
+        let missed = told && joining.epoch > 0;
+        self.welcome(stream, joining, now, actions);
+        if missed {
+            self.drain(&worker_id, actions);
+        }
+    }
+
+    fn welcome(&mut self, stream: StreamId, joining: Joining, now: Duration, actions: &mut Vec<Action>) {
         // Another worker at the same endpoint is a process that is gone: two cannot listen on one port.
         let squatters: Vec<_> = self
             .members

@@ -215,7 +215,7 @@ fn loads_are_published_with_ticks_only() {
 #[test]
 fn settings_are_stored_published_and_drains_told() {
     let mut state = State::new(TTL, 0, BTreeMap::new(), Settings::new());
-    join(&mut state, 1, "a", at(0));
+    let epoch = join(&mut state, 1, "a", at(0));
     let intent = Intent::Fixed(Setting { block_size: 8, threshold: Some(0.9), self_speculative: false });
     let actions = decide(&mut state, Event::SetPolicy("m".into(), intent.clone()), at(0));
     assert!(actions.contains(&Action::Persist(Fact::Settings { model: "m".into(), intent, revision: 1 })));
@@ -230,6 +230,16 @@ fn settings_are_stored_published_and_drains_told() {
     let actions = decide(&mut state, Event::Drain("a".into()), at(0));
     assert_eq!((&actions[0], table(&actions)), (&Action::TellToDrain(StreamId(1)), Some(vec![])));
     assert_eq!(decide(&mut state, Event::Drain("b".into()), at(0)), []);
+    // A worker whose stream broke before it heard is told again; a process that has started since serves.
+    let actions = decide(&mut state, Event::Hello(StreamId(2), joining("a", epoch)), at(1));
+    assert!(actions.contains(&Action::TellToDrain(StreamId(2))), "{actions:?}");
+    let ready = Event::Report(StreamId(2), beat(epoch, Readiness::Ready, 0));
+    assert_eq!(table(&decide(&mut state, ready, at(1))), None);
+    let actions = decide(&mut state, Event::Hello(StreamId(3), joining("a", 0)), at(2));
+    assert!(!actions.contains(&Action::TellToDrain(StreamId(3))), "{actions:?}");
+    let epoch = epoch_of(&actions);
+    let ready = Event::Report(StreamId(3), beat(epoch, Readiness::Ready, 0));
+    assert_eq!(table(&decide(&mut state, ready, at(2))), Some(vec![("group-a".into(), epoch)]));
 }
 
 #[test]
