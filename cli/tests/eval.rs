@@ -2,8 +2,9 @@
 #![cfg(feature = "train")]
 #![allow(clippy::unwrap_used)]
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 fn unmask(dir: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_unmask")).current_dir(dir).args(arguments).output().unwrap()
@@ -65,4 +66,34 @@ fn bad_arguments_name_themselves() {
     assert!(eval(dir, &[]).status.success());
     // The same folder with other questions.
     assert!(failure(&["--limit", "1"]).contains("use another --out"));
+}
+
+/// A server that is already there gives what this process gives by itself.
+#[test]
+fn a_server_is_evaluated_like_a_model_at_hand() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    unmask(dir, &["train", "tasks", "--held-out", "--seed", "9", "--count", "6", "--out", "tasks.jsonl"]);
+    let mut server = Command::new(env!("CARGO_BIN_EXE_unmask"))
+        .args(["up", "--port", "0", "--json", "--data-dir"])
+        .arg(dir.join("data"))
+        .env("XDG_CACHE_HOME", dir.join("cache"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let endpoints: serde_json::Value = serde_json::from_str(&line).unwrap();
+    let rows = |more: &[&str]| {
+        let output = eval(dir, &[more, &["--json"]].concat());
+        assert!(output.status.success(), "{output:?}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let rows = report["rows"].as_array().unwrap().clone();
+        rows.iter().map(|row| ["policy", "n", "pass_rate", "tpf"].map(|key| row[key].clone())).collect::<Vec<_>>()
+    };
+    let served = rows(&["--endpoint", endpoints["gateway"].as_str().unwrap()]);
+    server.kill().unwrap();
+    server.wait().unwrap();
+    std::fs::remove_dir_all(dir.join("out")).unwrap();
+    assert_eq!(served, rows(&[]));
 }
