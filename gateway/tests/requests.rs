@@ -16,7 +16,7 @@ use unmask_gateway::tenants::{self, RawTenant, Tenants};
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::policy::{Autoregressive, Kind, Threshold};
 use unmask_proto::v1::{
-    ChatMessage, ChatMessages, Decoding, FinishReason, GenerateRequest, GetModelRequest, Policy, TokenIds,
+    ChatMessage, ChatMessages, Decoding, FinishReason, GenerateRequest, GetModelRequest, Policy, Route, TokenIds,
     TokenizeRequest,
 };
 
@@ -228,4 +228,16 @@ async fn reflection_lists_the_services() {
     for name in ["unmask.v1.InferenceService", "grpc.health.v1.Health"] {
         assert!(names.iter().any(|listed| listed == name), "{names:?}");
     }
+}
+
+/// A gateway that has just started asks another worker for the tokenizer when the first is not there.
+#[tokio::test]
+async fn a_tokenizer_comes_from_whoever_has_it() {
+    let worker = Worker::start().await;
+    let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let gone = |group: &str| Route { endpoint: closed.to_string(), ..worker.route(group, 1) };
+    let gateway = Gateway::start(vec![gone("a"), gone("b"), worker.route("c", 1)]).await;
+    worker.answer_all("x");
+    let output = gateway.generate(text("p")).await.unwrap().all().await.unwrap();
+    assert_eq!(output.text, "x");
 }

@@ -391,18 +391,6 @@ async fn a_time_limit_ends_a_stream_that_nobody_ends() {
     assert_eq!(stream.all().await.unwrap().finish.unwrap().reason(), FinishReason::TimeLimit);
 }
 
-/// A gateway that has just started asks another worker for the tokenizer when the first is not there.
-#[tokio::test]
-async fn a_tokenizer_comes_from_whoever_has_it() {
-    let worker = Worker::start().await;
-    let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let gone = |group: &str| unmask_proto::v1::Route { endpoint: closed.to_string(), ..worker.route(group, 1) };
-    let gateway = Gateway::start(vec![gone("a"), gone("b"), worker.route("c", 1)]).await;
-    worker.answer_all("x");
-    let output = gateway.generate(text("p")).await.unwrap().all().await.unwrap();
-    assert_eq!(output.text, "x");
-}
-
 #[tokio::test]
 async fn a_resumed_stream_gives_only_what_is_new() {
     let (gateway, mut worker) = one().await;

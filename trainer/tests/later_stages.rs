@@ -164,15 +164,21 @@ fn orders_are_found_for_the_models_own_answers() {
     }
 }
 
+/// A step on answers, then up to two rounds of a step, with so many prompts and guarded tasks.
+fn few_rounds_from_bundled(prompts: usize, dir: &Path) -> recipe::OnPolicyRun {
+    let mut run: recipe::OnPolicyRun = recipe::read(&models().join("recipe/on-policy.toml")).unwrap();
+    few_steps_from_bundled(&mut run.data, &mut run.stage, 3, dir);
+    (run.on_policy.answers, run.on_policy.answer_steps) = (16, 1);
+    (run.on_policy.round_steps, run.on_policy.prompts, run.on_policy.guard_tasks) = (1, prompts, prompts);
+    run
+}
+
 /// A few steps of the last stage on the bundled model: rounds are measured and logged, the paths that are learnt from
 /// are shorter than what the model does by default, and the result still solves its tasks.
 #[test]
 fn on_policy_training_learns_from_shorter_paths() {
     let dir = tempfile::tempdir().unwrap();
-    let mut run: recipe::OnPolicyRun = recipe::read(&models().join("recipe/on-policy.toml")).unwrap();
-    few_steps_from_bundled(&mut run.data, &mut run.stage, 3, dir.path());
-    (run.on_policy.answers, run.on_policy.answer_steps) = (16, 1);
-    (run.on_policy.round_steps, run.on_policy.prompts, run.on_policy.guard_tasks) = (1, 24, 24);
+    let mut run = few_rounds_from_bundled(24, dir.path());
     run.on_policy.thresholds = vec![0.95, 0.7];
     run.on_policy.guard_points = 30.0;
     let out = run.stage.out.clone();
@@ -198,10 +204,7 @@ fn on_policy_training_learns_from_shorter_paths() {
 #[test]
 fn the_guard_keeps_the_model_before() {
     let dir = tempfile::tempdir().unwrap();
-    let mut run: recipe::OnPolicyRun = recipe::read(&models().join("recipe/on-policy.toml")).unwrap();
-    few_steps_from_bundled(&mut run.data, &mut run.stage, 3, dir.path());
-    (run.on_policy.answers, run.on_policy.answer_steps) = (16, 1);
-    (run.on_policy.round_steps, run.on_policy.prompts, run.on_policy.guard_tasks) = (1, 8, 8);
+    let mut run = few_rounds_from_bundled(8, dir.path());
     run.on_policy.guard_points = -101.0;
     let start = run.stage.init.checkpoint.clone().unwrap();
     let summary = recipe::on_policy(run).unwrap();

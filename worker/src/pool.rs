@@ -163,10 +163,9 @@ impl Pooled {
     /// Whether the last order ends a group that works: it makes a spare, or wants other weights. Else a group forms anew
     /// because it lost a rank.
     fn is_planned(&self, seat: &Seat) -> bool {
-        let order = self.membership.orders().borrow().clone();
-        order.is_some_and(|order| {
-            order.seat.is_none_or(|next| (next.path, next.dtype) != (seat.path.clone(), seat.dtype.clone()))
-        })
+        let (orders, weights) = (self.membership.orders(), |seat: &Seat| (seat.path.clone(), seat.dtype.clone()));
+        let order = orders.borrow();
+        order.as_ref().is_some_and(|order| order.seat.as_ref().is_none_or(|next| weights(next) != weights(seat)))
     }
 
     /// What is under way may finish until `done`, up to the drain limit or an order for another seat.
