@@ -12,16 +12,23 @@ use unmask_text::{Specials, Tokenizer};
 
 use crate::{
     config::MaskStage,
+    data::held_out,
     measure::{self, Point},
-    rollout::{Given, Prompt, Rollout, STREAMS, roll_out, verify},
+    rollout::{self, Given, Prompt, Rollout, STREAMS, roll_out, verify},
     stream::{Purpose, generator},
     tasks::{Part, Task, Tasks, verify::with_expected_results},
     training::{Sources, Training},
     trajectory::{Answer, read, write},
 };
 
+/// Index of the first task that is watched: rounds draw from 0 on and never come this far.
+const WATCHED_FIRST: u64 = 1 << 40;
 /// Index of the first task that is answered autoregressively.
 const ANSWERS_FIRST: u64 = 1 << 41;
+/// One prompt of a file in this many is watched and not learnt.
+const WATCHED_ONE_IN: usize = 5;
+/// Tasks named in one complaint.
+const NAMED_MAX: usize = 8;
 
 /// A decoded and verified prompt.
 pub(crate) struct Decoded {
@@ -36,21 +43,60 @@ pub(crate) struct Examiner<'a> {
     config: &'a MaskStage,
     sources: Sources<'a>,
     pub tokenizer: Tokenizer,
-    generator: Tasks,
+    origin: Origin,
     /// Share of prompts cut at a random character.
     cut_share: f64,
 }
 
+/// Where tasks come from.
+enum Origin {
+    Generated(Tasks),
+    /// A file's: those to learn, and those that are only watched.
+    File {
+        learnt: Vec<Task>,
+        watched: Vec<Task>,
+    },
+}
+
 impl<'a> Examiner<'a> {
-    pub(crate) fn open(config: &'a MaskStage, sources: Sources<'a>, cut_share: f64) -> anyhow::Result<Self> {
-        let (generator, tokenizer) = (Tasks::new()?, measure::tokenizer(sources.tokenizer)?);
-        Ok(Self { config, sources, tokenizer, generator, cut_share })
+    /// Asks the tasks of `file`, in HumanEval's format, or generated ones.
+    pub(crate) fn open(
+        config: &'a MaskStage,
+        sources: Sources<'a>,
+        cut_share: f64,
+        file: Option<&Path>,
+    ) -> anyhow::Result<Self> {
+        let tokenizer = measure::tokenizer(sources.tokenizer)?;
+        let origin = match file {
+            Some(file) => {
+                let longest = config.raw.model.max_position_embeddings.saturating_sub(rollout::MAX_TOKENS as usize);
+                Origin::read(file, &tokenizer, longest).context("tasks")?
+            }
+            None => Origin::Generated(Tasks::new()?),
+        };
+        Ok(Self { config, sources, tokenizer, origin, cut_share })
     }
 
-    /// `count` training tasks from number `first` on.
-    pub(crate) fn tasks(&self, first: u64, count: usize) -> anyhow::Result<Vec<Task>> {
-        let draw = |i| self.generator.draw(self.config.raw.seed, Part::Training, i);
-        with_expected_results(&(first..first + count as u64).map(draw).collect::<Vec<Task>>())
+    /// `count` tasks to learn from number `first` on; of a file's at most all, and from its beginning again after its end.
+    fn tasks(&self, first: u64, count: usize) -> anyhow::Result<Vec<Task>> {
+        match &self.origin {
+            Origin::Generated(tasks) => {
+                let draw = |i| tasks.draw(self.config.raw.seed, Part::Training, i);
+                with_expected_results(&(first..first + count as u64).map(draw).collect::<Vec<Task>>())
+            }
+            Origin::File { learnt, .. } => {
+                let begin = (first % learnt.len() as u64) as usize;
+                Ok(learnt.iter().cycle().skip(begin).take(count.min(learnt.len())).cloned().collect())
+            }
+        }
+    }
+
+    /// Up to `count` tasks that are never learnt.
+    pub(crate) fn watched(&self, count: usize) -> anyhow::Result<Vec<Task>> {
+        match &self.origin {
+            Origin::Generated(_) => self.tasks(WATCHED_FIRST, count),
+            Origin::File { watched, .. } => Ok(watched.iter().take(count).cloned().collect()),
+        }
     }
 
     /// The autoregressive answers to `count` prompts that pass; asked once, and kept in `file`.
@@ -128,5 +174,33 @@ impl<'a> Examiner<'a> {
             .collect();
         prompts.shuffle(rng);
         Ok(prompts)
+    }
+}
+
+impl Origin {
+    /// Tasks of a file whose prompts have at most `longest` tokens, a share of them watched.
+    fn read(file: &Path, tokenizer: &Tokenizer, longest: usize) -> anyhow::Result<Origin> {
+        let tasks = measure::read_tasks(file)?;
+        let mut long = Vec::new();
+        for task in &tasks {
+            let tokens = tokenizer.encode(&task.prompt, Specials::AsText, false)?.len();
+            if !(1..=longest).contains(&tokens) {
+                long.push(format!("{} ({tokens} tokens)", task.task_id));
+            }
+        }
+        let named = long.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+        ensure!(
+            long.is_empty(),
+            "{}: prompts must have 1 to {longest} tokens; take out {} of {} tasks: {named}",
+            file.display(),
+            long.len(),
+            tasks.len()
+        );
+        let apart = held_out(tasks.iter().map(|task| task.prompt.clone()), WATCHED_ONE_IN);
+        let (watched, learnt): (Vec<Task>, Vec<Task>) =
+            tasks.into_iter().partition(|task| apart.contains(&task.prompt));
+        ensure!(!watched.is_empty(), "{}: needs at least two different prompts", file.display());
+        tracing::info!("{} tasks of {} are learnt, {} watched", learnt.len(), file.display(), watched.len());
+        Ok(Origin::File { learnt, watched })
     }
 }

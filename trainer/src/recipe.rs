@@ -172,7 +172,7 @@ fn with_sources(
     train_on: impl FnOnce(Sources<'_>) -> anyhow::Result<Summary>,
 ) -> anyhow::Result<Summary> {
     let train = Mixture::open(data, Part::Training)?;
-    let held_out = Mixture::open(&MixtureConfig { real: None, real_share: 0.0, ..data.clone() }, Part::HeldOut)?;
+    let held_out = Mixture::open(data, Part::HeldOut)?;
     let folder = data.tokenizer.parent().context("tokenizer: has no folder")?;
     let vocabulary = Vocabulary::standard(train.vocabulary());
     train_on(Sources { train: &train, held_out: &held_out, vocabulary: &vocabulary, tokenizer: folder })

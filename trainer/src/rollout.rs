@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Longest answer (tokens).
-const MAX_TOKENS: u32 = 256;
+pub(crate) const MAX_TOKENS: u32 = 256;
 /// Requests in the engine at once where nothing else is asked for.
 pub const STREAMS: usize = 64;
 

@@ -34,6 +34,9 @@ pub fn run(config: &MaskStage, sources: Sources<'_>, last: usize) -> anyhow::Res
     let raw = &config.raw;
     let mut training = Training::start(config, sources, digest(config, &()))?;
     let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
+    if training.state.step == 0 && raw.init.checkpoint.is_some() {
+        progress.eval(training.measure()?)?;
+    }
     let mut eval = None;
     while training.state.step < last {
         let step = training.state.step;

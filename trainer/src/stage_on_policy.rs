@@ -7,6 +7,7 @@
 //! thresholds, keeps per prompt the passing path of fewest passes, and trains on its states. A share of corrupted
 //! documents goes beside both.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -31,13 +32,13 @@ use crate::{
     trajectory::{Trajectory, states},
 };
 
-/// Index of the guard's first task: rounds draw from 0 on and never come this far.
-const GUARD_FIRST: u64 = 1 << 40;
-
 /// Settings as written. Unknown keys are errors.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RawOnPolicy {
+    /// Tasks with tests, in HumanEval's format, instead of generated ones. A fifth of the prompts is only for the guard.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tasks: Option<PathBuf>,
     /// Prompts answered autoregressively before the first round.
     pub answers: usize,
     /// Steps that learn from these answers.
@@ -159,8 +160,8 @@ struct Rounds<'a> {
 
 impl<'a> Rounds<'a> {
     fn open(own: &'a RawOnPolicy, config: &'a MaskStage, sources: Sources<'a>) -> anyhow::Result<Rounds<'a>> {
-        let examiner = Examiner::open(config, sources, own.cut_share)?;
-        let guard = examiner.tasks(GUARD_FIRST, own.guard_tasks)?;
+        let examiner = Examiner::open(config, sources, own.cut_share, own.tasks.as_deref())?;
+        let guard = examiner.watched(own.guard_tasks)?;
         Ok(Rounds { own, config, sources, examiner, guard })
     }
 

@@ -4,7 +4,7 @@
 //! Left open by the paper and chosen here: how many orders, which share, and that orders are compared at the same number
 //! of passes (more passes always score higher).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,9 @@ pub struct RawOrder {
     /// Prompts whose autoregressive answers that pass their tests are the texts; 0 takes documents.
     #[serde(default)]
     pub answers: usize,
+    /// Tasks with tests, in HumanEval's format, whose prompts are answered instead of those of generated ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tasks: Option<PathBuf>,
     /// Orders sampled per text.
     pub orders: usize,
     /// Share of the texts kept, those of highest ELBO per token among texts of their block size.
@@ -70,6 +73,9 @@ impl OrderStage {
             .collect();
         if !(own.temperature >= 0.0 && own.temperature.is_finite()) {
             problems.push(format!("order.temperature: must be at least 0, is {}", own.temperature));
+        }
+        if own.tasks.is_some() && own.answers == 0 {
+            problems.push("order.tasks: is for answers, of which order.answers takes none".into());
         }
         Ok(OrderStage { own, stage: stage.validate_later(problems)? })
     }
@@ -150,7 +156,8 @@ fn texts<'a>(
     let raw = &config.raw;
     if own.answers > 0 {
         let file = raw.out.join("answers.jsonl");
-        let answers = Examiner::open(config, sources, CUT_SHARE)?.answers(training, own.answers, &file)?;
+        let answers =
+            Examiner::open(config, sources, CUT_SHARE, own.tasks.as_deref())?.answers(training, own.answers, &file)?;
         return Ok(Box::new(answers.into_iter().cycle()));
     }
     let mut stream = Stream::new(sources.train, raw.seed, raw.batch.length, 0);

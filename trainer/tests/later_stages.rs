@@ -3,6 +3,7 @@
 
 mod toy;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use rand::SeedableRng;
@@ -12,17 +13,19 @@ use unmask_trainer::{
     RawMaskStage, Sources, Summary,
     checkpoint::{Vocabulary, read_shape, read_weights},
     data::{Documents, MixtureConfig},
+    measure::{self, read_tasks},
     model::Model,
     noise::{self, Filled},
     order::{Sampling, best_orders},
-    progress::{Record, RoundRecord},
+    progress::{EvalRecord, Record, RoundRecord},
     recipe,
     repair::{Repair, repair},
     stage_on_policy::OnPolicyStage,
     stage_order::{OrderStage, RawOrder, train_order},
     step::Spread,
+    tasks::Part,
     train_mask,
-    trajectory::{Answer, Trajectory, read},
+    trajectory::{Answer, Trajectory, read, write},
 };
 
 fn stage(out: &Path, steps: usize, more: &str) -> RawMaskStage {
@@ -74,7 +77,16 @@ fn edits_teach_to_repair_and_orders_are_found_and_learnt() {
 
     let vocabulary = Vocabulary::standard(14);
     let sources = Sources { train: &Copies, held_out: &Copies, vocabulary: &vocabulary, tokenizer: dir.path() };
-    let own = RawOrder { texts: 16, answers: 0, orders: 3, keep: 0.5, temperature: 0.5, alpha: 0.05, replay: 0.3 };
+    let own = RawOrder {
+        texts: 16,
+        answers: 0,
+        tasks: None,
+        orders: 3,
+        keep: 0.5,
+        temperature: 0.5,
+        alpha: 0.05,
+        replay: 0.3,
+    };
     let out = dir.path().join("order");
     let order = OrderStage::new(own, stage(&out, 12, &init(&masks))).unwrap();
     train_order(&order, sources).unwrap();
@@ -104,7 +116,16 @@ fn the_best_of_sampled_orders_beats_a_random_one(model: &Model) {
 #[test]
 fn settings_of_later_stages_name_every_wrong_key() {
     let dir = tempfile::tempdir().unwrap();
-    let own = RawOrder { texts: 0, answers: 0, orders: 1, keep: 2.0, temperature: -1.0, alpha: 0.0, replay: 0.0 };
+    let own = RawOrder {
+        texts: 0,
+        answers: 0,
+        tasks: None,
+        orders: 1,
+        keep: 2.0,
+        temperature: -1.0,
+        alpha: 0.0,
+        replay: 0.0,
+    };
     let error = OrderStage::new(own, stage(dir.path(), 0, "")).unwrap_err().to_string();
     for key in ["order.texts", "order.keep", "order.temperature", "stage.init.checkpoint", "steps"] {
         assert!(error.contains(key), "{key} in {error}");
@@ -120,17 +141,17 @@ fn models() -> PathBuf {
 fn every_recipe_is_usable() {
     let recipe = |name: &str| models().join("recipe").join(name).with_extension("toml");
     recipe::read::<recipe::TokenizerStage>(&recipe("tokenizer")).unwrap();
-    for name in ["mask", "edit", "curriculum", "twin"] {
+    for name in ["mask", "edit", "curriculum", "twin", "own-code"] {
         recipe::read::<recipe::MaskRun>(&recipe(name)).unwrap().stage.validate().unwrap();
     }
     let order: recipe::OrderRun = recipe::read(&recipe("order")).unwrap();
     OrderStage::new(order.order, order.stage).unwrap();
-    for name in ["on-policy", "on-policy-2", "infill", "on-policy-4"] {
+    for name in ["on-policy", "on-policy-2", "infill", "on-policy-4", "own-tasks"] {
         let run: recipe::OnPolicyRun = recipe::read(&recipe(name)).unwrap();
         OnPolicyStage::new(run.on_policy, run.stage).unwrap();
     }
     let files = std::fs::read_dir(models().join("recipe")).unwrap().count();
-    assert_eq!(files, 10, "every file is read above");
+    assert_eq!(files, 12, "every file is read above");
 }
 
 fn few_steps_from_bundled(data: &mut MixtureConfig, stage: &mut RawMaskStage, steps: usize, dir: &Path) {
@@ -147,7 +168,16 @@ fn orders_are_found_for_the_models_own_answers() {
     let dir = tempfile::tempdir().unwrap();
     let mut run: recipe::OrderRun = recipe::read(&models().join("recipe/order.toml")).unwrap();
     few_steps_from_bundled(&mut run.data, &mut run.stage, 2, dir.path());
-    run.order = RawOrder { texts: 16, answers: 12, orders: 2, keep: 0.5, temperature: 0.5, alpha: 0.05, replay: 0.3 };
+    run.order = RawOrder {
+        texts: 16,
+        answers: 12,
+        tasks: None,
+        orders: 2,
+        keep: 0.5,
+        temperature: 0.5,
+        alpha: 0.05,
+        replay: 0.3,
+    };
     let out = run.stage.out.clone();
     assert_eq!(recipe::order(run).unwrap().steps, 2);
     let answers: Vec<Answer> = read(&out.join("answers.jsonl")).unwrap();
@@ -173,6 +203,15 @@ fn few_rounds_from_bundled(prompts: usize, dir: &Path) -> recipe::OnPolicyRun {
     run
 }
 
+fn records(out: &Path) -> impl Iterator<Item = Record> {
+    let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
+    log.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<_>>().into_iter()
+}
+
+fn rounds(out: &Path) -> Vec<RoundRecord> {
+    records(out).filter_map(|record| if let Record::Round(round) = record { Some(round) } else { None }).collect()
+}
+
 /// A few steps of the last stage on the bundled model: rounds are measured and logged, the paths that are learnt from
 /// are shorter than what the model does by default, and the result still solves its tasks.
 #[test]
@@ -184,14 +223,7 @@ fn on_policy_training_learns_from_shorter_paths() {
     let out = run.stage.out.clone();
     let summary = recipe::on_policy(run).unwrap();
     assert_eq!(summary.steps, 3);
-    let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
-    let rounds: Vec<RoundRecord> = log
-        .lines()
-        .filter_map(|line| match serde_json::from_str(line).unwrap() {
-            Record::Round(round) => Some(round),
-            _ => None,
-        })
-        .collect();
+    let rounds = rounds(&out);
     assert_eq!(rounds.iter().map(|round| round.step).collect::<Vec<_>>(), [1, 2, 3]);
     for round in rounds {
         assert!(round.kept * 2 > round.prompts && round.pass_rate > 0.5, "{round:?}");
@@ -211,4 +243,58 @@ fn the_guard_keeps_the_model_before() {
     assert_eq!(summary.steps, 1, "the answers' step, no round");
     let weights = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
     assert!(weights(&summary.model) == weights(&start), "the model that it started from");
+}
+
+/// A folder of code that looks like nothing before: what is held out of it becomes likelier.
+#[test]
+fn own_code_is_learnt() {
+    let dir = tempfile::tempdir().unwrap();
+    let code = dir.path().join("code");
+    std::fs::create_dir(&code).unwrap();
+    for i in 0..24 {
+        let text = format!(
+            "def load_{i}(registry, request):\n    with registry.lock:\n        entry = registry.lookup(request.key + {i})\n    \
+             return entry.unwrap_or(request.fallback)\n"
+        );
+        std::fs::write(code.join(format!("module_{i}.py")), text).unwrap();
+    }
+    let mut run: recipe::MaskRun = recipe::read(&models().join("recipe/own-code.toml")).unwrap();
+    few_steps_from_bundled(&mut run.data, &mut run.stage, 24, dir.path());
+    (run.data.real, run.data.real_share, run.data.infill_share) = (Some(code), 1.0, 0.0);
+    let out = run.stage.out.clone();
+    recipe::mask(run).unwrap();
+    let evals: Vec<EvalRecord> =
+        records(&out).filter_map(|record| if let Record::Eval(eval) = record { Some(eval) } else { None }).collect();
+    assert_eq!(evals.iter().map(|eval| eval.step).collect::<Vec<_>>(), [0, 24]);
+    let [before, after] = [0, 1].map(|i| (evals[i].mask_loss[1].mean, evals[i].next_loss));
+    assert!(after.0 < 0.6 * before.0 && after.1 < 0.6 * before.1, "{before:?} {after:?}");
+}
+
+/// Tasks of a file, without solutions: the guard has some of them for itself, the others are learnt.
+#[test]
+fn own_tasks_are_learnt_and_watched() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tasks.jsonl");
+    recipe::write_tasks(&file, 5, Part::HeldOut, 30).unwrap();
+    let mut tasks = read_tasks(&file).unwrap();
+    for task in &mut tasks {
+        (task.canonical_solution, task.skeleton) = (String::new(), String::new());
+    }
+    write(&tasks, &file).unwrap();
+    let mut run = few_rounds_from_bundled(100, dir.path());
+    (run.on_policy.tasks, run.on_policy.answers, run.on_policy.cut_share) = (Some(file.clone()), 100, 0.0);
+    (run.on_policy.guard_points, run.stage.steps) = (100.0, 2);
+    let (out, tokenizer) = (run.stage.out.clone(), measure::tokenizer(run.data.tokenizer.parent().unwrap()).unwrap());
+    let again = run.clone();
+    recipe::on_policy(run).unwrap();
+    assert!(rounds(&out).iter().all(|round| round.prompts == 24 && round.kept > 12), "{:?}", rounds(&out));
+    let prompts: HashSet<&str> = tasks.iter().map(|task| task.prompt.as_str()).collect();
+    let answers: Vec<Answer> = read(&out.join("answers.jsonl")).unwrap();
+    let asked: HashSet<String> = answers.iter().map(|a| tokenizer.decode(&a.tokens[..a.prompt], true)).collect();
+    assert!(asked.len() > 12 && asked.len() <= 24 && asked.iter().all(|prompt| prompts.contains(&prompt[..])));
+
+    tasks[3].prompt = "# too long ".repeat(1000);
+    write(&tasks, &file).unwrap();
+    let error = format!("{:#}", recipe::on_policy(again).unwrap_err());
+    assert!(error.contains(&tasks[3].task_id) && error.contains("1 of 30 tasks"), "{error}");
 }

@@ -1,5 +1,6 @@
 //! Source code from folders and JSONL files, without what does not teach: generated, minified, data-like, repeated.
 
+use crate::tasks::Part;
 use anyhow::{Context, bail};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -25,6 +26,48 @@ pub struct Document {
     /// What it is split by.
     #[serde(default)]
     pub package: String,
+}
+
+/// One package in this many is held out.
+const HELD_OUT_ONE_IN: usize = 12;
+
+/// The documents of `part`. A twelfth of the packages is held out; where there are fewer than twelve, of the single texts.
+pub fn of_part(documents: Vec<Document>, part: Part) -> Vec<Document> {
+    let packages: HashSet<&str> = documents.iter().map(|document| document.package.as_str()).collect();
+    let by_package = packages.len() >= HELD_OUT_ONE_IN;
+    let key = |document: &Document| if by_package { document.package.clone() } else { document.text.clone() };
+    let held_out = super::held_out(documents.iter().map(key), HELD_OUT_ONE_IN);
+    documents.into_iter().filter(|document| held_out.contains(&key(document)) == (part == Part::HeldOut)).collect()
+}
+
+/// `text` in pieces of whole lines of at most `bytes` bytes (longer lines stay whole), cut before what begins at the margin
+/// behind an empty line, as functions and classes do, where that is possible.
+pub fn pieces(text: &str, bytes: usize) -> Vec<String> {
+    let (mut pieces, mut piece) = (Vec::new(), String::new());
+    for statement in statements(text) {
+        for (index, line) in statement.split_inclusive('\n').enumerate() {
+            let whole = if index == 0 { statement.len() } else { 0 };
+            if piece.len() + line.len().max(whole) > bytes {
+                pieces.push(std::mem::take(&mut piece));
+            }
+            piece.push_str(line);
+        }
+    }
+    pieces.push(piece);
+    pieces
+        .into_iter()
+        .filter(|piece| !piece.trim().is_empty())
+        .map(|piece| format!("{}\n", piece.trim_matches('\n')))
+        .collect()
+}
+
+/// `text` before each line that begins at the margin behind an empty one.
+fn statements(text: &str) -> Vec<&str> {
+    let at_margin = |at: usize| text[at..].starts_with(|first: char| !first.is_whitespace());
+    let lines = text.match_indices('\n').map(|(at, _)| at + 1);
+    let starts: Vec<usize> = lines.filter(|&at| text[..at].ends_with("\n\n") && at_margin(at)).collect();
+    let ends = starts.iter().copied().chain([text.len()]);
+    [0].into_iter().chain(starts.iter().copied()).zip(ends).map(|(from, to)| &text[from..to]).collect()
 }
 
 /// Reads a JSONL file, or every file of a folder with one of the `extensions`.
@@ -102,6 +145,37 @@ mod tests {
         let found = read(dir.path(), &["py"]).unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].package, "a");
+    }
+
+    #[test]
+    fn pieces_are_whole_functions_where_they_fit() {
+        let (f, g) = ("def f(x):\n    y = x\n\n    return y\n", "@once\ndef g(x):\n    return x\n");
+        let text = format!("import os\n\n\n{f}\n\n{g}");
+        assert_eq!(pieces(&text, 60), [format!("import os\n\n\n{f}"), g.to_owned()]);
+        assert_eq!(pieces(&text, 40), ["import os\n", f, g]);
+        assert_eq!(pieces(f, 22), ["def f(x):\n    y = x\n", "    return y\n"]);
+        assert_eq!(pieces(&text, 1000), [text]);
+        assert!(pieces("\n\n", 10).is_empty());
+    }
+
+    #[test]
+    fn packages_are_held_out_whole_and_single_files_where_there_are_few() {
+        let documents = |packages: usize| -> Vec<Document> {
+            let document = |i| Document { text: format!("x = {i}\n"), package: format!("p{}", i % packages) };
+            (0..60).map(document).collect()
+        };
+        for (packages, expected) in [(24, 2), (3, 60 / HELD_OUT_ONE_IN)] {
+            let [training, held_out] = [Part::Training, Part::HeldOut].map(|part| of_part(documents(packages), part));
+            assert_eq!(training.len() + held_out.len(), 60);
+            let names = |part: &[Document]| part.iter().map(|d| d.package.clone()).collect::<HashSet<_>>();
+            if packages == 24 {
+                assert_eq!(names(&held_out).len(), expected);
+                assert!(names(&held_out).is_disjoint(&names(&training)));
+            } else {
+                assert_eq!(held_out.len(), expected);
+            }
+        }
+        assert_eq!(of_part(documents(1)[..1].to_vec(), Part::Training).len(), 1, "a single file is for training");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
 /// Most lines of a gap of whole lines.
@@ -32,6 +32,9 @@ pub struct MixtureConfig {
     /// Share of real code.
     #[serde(default)]
     pub real_share: f64,
+    /// Longest document made of it (bytes): files are cut into pieces of whole functions and classes where these fit.
+    #[serde(default = "default_real_bytes")]
+    pub real_bytes: usize,
     /// Share of documents in prefix-suffix-middle order.
     #[serde(default = "default_infill_share")]
     pub infill_share: f64,
@@ -55,12 +58,17 @@ impl MixtureConfig {
             tasks,
             real: None,
             real_share: 0.0,
+            real_bytes: default_real_bytes(),
             infill_share: 0.0,
             line_share: 0.0,
             bare_share: 0.0,
             cut_share: 0.0,
         }
     }
+}
+
+fn default_real_bytes() -> usize {
+    600
 }
 
 fn default_infill_share() -> f64 {
@@ -81,10 +89,10 @@ pub struct Mixture {
 }
 
 impl Mixture {
-    /// Opens tokenizer and real code.
+    /// Opens tokenizer and real code. Held-out documents have real code among them where enough is there to hold some out.
     ///
     /// # Errors
-    /// Shares outside [0, 1], files that cannot be read; all of the former at once.
+    /// Settings out of range, all at once; files that cannot be read.
     pub fn open(config: &MixtureConfig, part: Part) -> anyhow::Result<Self> {
         let shares = [
             ("real_share", config.real_share),
@@ -98,18 +106,21 @@ impl Mixture {
             .filter(|(_, share)| !(0.0..=1.0).contains(share))
             .map(|(key, share)| format!("{key}: must be in [0, 1], is {share}"))
             .collect();
-        if config.tasks == 0 {
-            problems.push("tasks: must be at least 1".into());
+        let counts = [("tasks", config.tasks), ("real_bytes", config.real_bytes)];
+        let few = counts.into_iter().filter(|(_, count)| *count == 0);
+        problems.extend(few.map(|(key, _)| format!("{key}: must be at least 1")));
+        if config.real_share > 0.0 && config.real.is_none() {
+            problems.push("real: is missing, but real_share is above 0".into());
         }
         ensure!(problems.is_empty(), "{}", problems.join("; "));
         let tokenizer = Tokenizer::from_file(&config.tokenizer)
             .map_err(|error| anyhow::anyhow!("{}: {error}", config.tokenizer.display()))?;
-        let real = match &config.real {
-            Some(path) => corpus::read(path, &["py"]).context("real")?.into_iter().map(|d| d.text).collect(),
-            None => Vec::new(),
-        };
-        ensure!(config.real_share == 0.0 || !real.is_empty(), "real: holds no documents, but real_share is above 0");
-        Ok(Self { config: config.clone(), part, tasks: Tasks::new()?, tokenizer, real })
+        let real = config.real.as_deref().map_or(Ok(Vec::new()), |path| real(path, config.real_bytes, part))?;
+        let mut config = config.clone();
+        if real.is_empty() {
+            config.real_share = 0.0;
+        }
+        Ok(Self { config, part, tasks: Tasks::new()?, tokenizer, real })
     }
 
     /// Ids of the tokenizer.
@@ -120,7 +131,7 @@ impl Mixture {
     /// Source of document `index`.
     pub fn text(&self, index: usize, rng: &mut ChaCha8Rng) -> String {
         if rng.random_bool(self.config.real_share) {
-            return self.real[index % self.real.len()].clone();
+            return self.real[rng.random_range(0..self.real.len())].clone();
         }
         self.tasks.draw(self.config.seed, self.part, index as u64).program()
     }
@@ -136,6 +147,18 @@ impl Mixture {
         // Byte-level BPE encodes any text; a failure would be a broken tokenizer file.
         self.tokenizer.encode_fast(text, false).map(|e| e.get_ids().to_vec()).unwrap_or_default()
     }
+}
+
+/// What `part` has of the code in `path`, in pieces.
+fn real(path: &Path, bytes: usize, part: Part) -> anyhow::Result<Vec<String>> {
+    let documents = corpus::read(path, &["py"]).context("real")?;
+    ensure!(!documents.is_empty(), "real: {} holds no Python that is worth learning", path.display());
+    let all = documents.len();
+    let own = corpus::of_part(documents, part);
+    let pieces: Vec<String> = own.iter().flat_map(|document| corpus::pieces(&document.text, bytes)).collect();
+    let whose = if part == Part::HeldOut { "are held out" } else { "are learnt" };
+    tracing::info!("{} of {all} files in {} {whose}, as {} pieces", own.len(), path.display(), pieces.len());
+    Ok(pieces)
 }
 
 /// Draws nothing where the share is 0: documents without what it stands for stay as they were before there was such a share.
@@ -229,6 +252,7 @@ mod tests {
             tasks: 100,
             real: None,
             real_share: 0.0,
+            real_bytes: 600,
             infill_share: 0.5,
             line_share: 0.5,
             bare_share: 0.5,

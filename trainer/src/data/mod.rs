@@ -9,6 +9,16 @@ pub mod mixture;
 pub use mixture::{Mixture, MixtureConfig};
 
 use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
+use std::collections::HashSet;
+
+/// Of the different `keys`, those that are held out: one in `one_in`, at least one of several, by SHA-256.
+pub(crate) fn held_out(keys: impl Iterator<Item = String>, one_in: usize) -> HashSet<String> {
+    let mut all: Vec<String> = keys.collect::<HashSet<_>>().into_iter().collect();
+    all.sort_by_cached_key(|key| Sha256::digest(key));
+    let count = (all.len() / one_in).max(1).min(all.len().saturating_sub(1));
+    all.into_iter().take(count).collect()
+}
 
 /// A set of training documents.
 pub trait Documents: Sync {

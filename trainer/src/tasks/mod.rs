@@ -38,7 +38,8 @@ pub struct Task {
     pub task_id: String,
     /// Source up to where the body begins.
     pub prompt: String,
-    /// The body.
+    /// The body; not needed to run tests.
+    #[serde(default)]
     pub canonical_solution: String,
     /// Source that defines `check(candidate)`.
     pub test: String,
