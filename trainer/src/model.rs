@@ -252,6 +252,11 @@ impl Model {
         Ok(x)
     }
 
+    /// The mask's token.
+    pub fn mask(&self) -> u32 {
+        self.banned
+    }
+
     /// Logits of hidden states, (rows, vocabulary), the mask's at minus infinity.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     layout::{Batch, Example},
     model::Model,
-    noise::{Filled, edit::edit_all},
+    noise::{Filled, edit::edit_all, mask_all},
 };
 
 /// Documents per forward pass.
@@ -33,6 +33,8 @@ pub struct Repair {
     pub false_edit_rate: f64,
     /// Expected calibration error over all positions (Guo et al. 2017, ten bins of confidence).
     pub calibration_error: f64,
+    /// The same over masked positions of the documents, masked as in training instead of edited.
+    pub masked_calibration_error: f64,
 }
 
 /// Judgement of one position.
@@ -44,7 +46,8 @@ struct Judged {
     confidence: f32,
 }
 
-/// Corrupts `documents` with `share` edits per token and lets the model judge every position in one pass.
+/// Corrupts `documents` with `share` edits per token and lets the model judge every position in one pass; then, for the
+/// calibration alone, with masks.
 ///
 /// # Errors
 /// When a token or position is out of the model's range.
@@ -56,14 +59,21 @@ pub fn repair(
     tau_edit: f32,
     rng: &mut ChaCha8Rng,
 ) -> anyhow::Result<Repair> {
-    let examples = edit_all(documents, block, share, None, rng);
+    let edited = edit_all(documents.clone(), block, share, None, rng);
+    let masked = mask_all(documents, block, model.mask(), rng);
+    let (edited, masked) = (judge(model, &edited)?, judge(model, &masked)?);
+    Ok(Repair { masked_calibration_error: calibration_error(&masked), ..summary(&edited, block, tau_edit) })
+}
+
+/// The judgement of what is scored.
+fn judge(model: &Model, examples: &[Example]) -> anyhow::Result<Vec<Judged>> {
     let mut judged = Vec::new();
     for part in examples.chunks(DOCUMENTS_AT_ONCE) {
         let batch = Batch::new(part, (1.0, 0.0));
         let (tokens, confidences) = predictions(model, &batch)?;
-        let visible = part.iter().flat_map(|example| &example.noisy);
-        let targets = part.iter().flat_map(|example: &Example| &example.clean);
-        let all = visible.zip(targets).zip(tokens.into_iter().zip(confidences));
+        let rows = part.iter().flat_map(|Example { noisy, clean, scored, .. }| noisy.iter().zip(clean).zip(scored));
+        let scored = rows.filter(|(_, scored)| **scored).map(|(row, _)| row);
+        let all = scored.zip(tokens.into_iter().zip(confidences));
         judged.extend(all.map(|((&visible, &target), (token, confidence))| Judged {
             visible,
             target,
@@ -71,7 +81,7 @@ pub fn repair(
             confidence,
         }));
     }
-    Ok(summary(&judged, block, tau_edit))
+    Ok(judged)
 }
 
 fn summary(judged: &[Judged], block_size: usize, tau_edit: f32) -> Repair {
@@ -79,12 +89,6 @@ fn summary(judged: &[Judged], block_size: usize, tau_edit: f32) -> Repair {
     let (wrong, right): (Vec<&Judged>, Vec<&Judged>) = judged.iter().partition(|j| j.visible != j.target);
     let repaired = wrong.iter().filter(|j| after(j) == j.target).count();
     let spoilt = right.iter().filter(|j| after(j) != j.target).count();
-    let mut bins = [(0usize, 0.0f64, 0usize); BINS];
-    for j in judged {
-        let bin = &mut bins[((j.confidence * BINS as f32) as usize).min(BINS - 1)];
-        *bin = (bin.0 + 1, bin.1 + f64::from(j.confidence), bin.2 + usize::from(j.token == j.target));
-    }
-    let error: f64 = bins.iter().map(|&(_, confidence, hits)| (confidence - hits as f64).abs()).sum();
     let rate = |part: usize, all: usize| part as f64 / all.max(1) as f64;
     Repair {
         block_size,
@@ -93,8 +97,20 @@ fn summary(judged: &[Judged], block_size: usize, tau_edit: f32) -> Repair {
         repair_rate: rate(repaired, wrong.len()),
         right: right.len(),
         false_edit_rate: rate(spoilt, right.len()),
-        calibration_error: error / judged.len().max(1) as f64,
+        calibration_error: calibration_error(judged),
+        masked_calibration_error: 0.0,
     }
+}
+
+/// How far confidence is from the share of right tokens, over bins of confidence.
+fn calibration_error(judged: &[Judged]) -> f64 {
+    let mut bins = [(0.0f64, 0usize); BINS];
+    for j in judged {
+        let bin = &mut bins[((j.confidence * BINS as f32) as usize).min(BINS - 1)];
+        *bin = (bin.0 + f64::from(j.confidence), bin.1 + usize::from(j.token == j.target));
+    }
+    let error: f64 = bins.iter().map(|&(confidence, hits)| (confidence - hits as f64).abs()).sum();
+    error / judged.len().max(1) as f64
 }
 
 /// The likeliest token of every scored noisy row, the mask never, and its probability.

@@ -52,16 +52,17 @@ fn repair(args: &RepairArgs) -> anyhow::Result<()> {
         output::out(&(serde_json::to_string_pretty(&rates)? + "\n"))?;
         return Ok(());
     }
-    output::out("block   wrong  repaired    right  falsely changed  calibration error\n")?;
+    output::out("block   wrong  repaired    right  falsely changed  calibration error  of masks\n")?;
     for r in rates {
         output::out(&format!(
-            "{:5} {:7} {:8.1}% {:8} {:15.2}% {:18.4}\n",
+            "{:5} {:7} {:8.1}% {:8} {:15.2}% {:18.4} {:9.4}\n",
             r.block_size,
             r.wrong,
             100.0 * r.repair_rate,
             r.right,
             100.0 * r.false_edit_rate,
-            r.calibration_error
+            r.calibration_error,
+            r.masked_calibration_error
         ))?;
     }
     Ok(())
