@@ -18,6 +18,8 @@ use crate::{
 
 /// Longest answer (tokens).
 pub(crate) const MAX_TOKENS: u32 = 256;
+/// Most memory for keys and values (bytes).
+const CACHE_BYTES: usize = 4 << 30;
 /// Requests in the engine at once where nothing else is asked for.
 pub const STREAMS: usize = 64;
 
@@ -65,7 +67,9 @@ pub fn roll_out(
     streams: usize,
     mut progress: impl FnMut(usize),
 ) -> anyhow::Result<Run> {
-    let limits = EngineLimits { active_max: streams, queue_max: prompts.len().max(1), ..EngineLimits::default() };
+    let defaults = EngineLimits::default();
+    let pages = defaults.pages.min(CACHE_BYTES / model.page_bytes());
+    let limits = EngineLimits { active_max: streams, queue_max: prompts.len().max(1), pages, ..defaults };
     let mut engine = Engine::new(Arc::clone(model), limits);
     for (index, prompt) in prompts.iter().enumerate() {
         let mut settings = Settings::new(MAX_TOKENS, point.block_size, point.policy());

@@ -25,46 +25,64 @@ pub enum Shape {
 pub struct Named {
     /// As `--shape` takes it.
     pub name: &'static str,
-    hidden: u32,
-    ffn: u32,
-    layers: u32,
-    heads: HeadShape,
-    vocab: u32,
+    /// What decides the shapes of its tensors.
+    pub sizes: Sizes,
     qk_norm: bool,
     /// Base of the rotary angles.
     theta: u32,
+}
+
+/// What decides the shapes of a model's tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Width of a row.
+    pub hidden: u32,
+    /// Width between the products of a layer's second half.
+    pub ffn: u32,
+    /// Layers.
+    pub layers: u32,
+    /// Heads of attention.
+    pub heads: HeadShape,
+    /// Rows of the embedding.
+    pub vocab: u32,
 }
 
 /// All named shapes.
 pub const NAMED: [Named; 3] = [
     Named {
         name: "qwen3-0.6b",
-        hidden: 1024,
-        ffn: 3072,
-        layers: 28,
-        heads: HeadShape { heads: 16, kv_heads: 8, head_dim: 128 },
-        vocab: 151_936,
+        sizes: Sizes {
+            hidden: 1024,
+            ffn: 3072,
+            layers: 28,
+            heads: HeadShape { heads: 16, kv_heads: 8, head_dim: 128 },
+            vocab: 151_936,
+        },
         qk_norm: true,
         theta: 1_000_000,
     },
     Named {
         name: "smollm2-135m",
-        hidden: 576,
-        ffn: 1536,
-        layers: 30,
-        heads: HeadShape { heads: 9, kv_heads: 3, head_dim: 64 },
-        vocab: 49_152,
+        sizes: Sizes {
+            hidden: 576,
+            ffn: 1536,
+            layers: 30,
+            heads: HeadShape { heads: 9, kv_heads: 3, head_dim: 64 },
+            vocab: 49_152,
+        },
         qk_norm: false,
         theta: 100_000,
     },
     // One layer of 32: what matters of a model that does not fit.
     Named {
         name: "llama-8b-layer",
-        hidden: 4096,
-        ffn: 14_336,
-        layers: 1,
-        heads: HeadShape { heads: 32, kv_heads: 8, head_dim: 128 },
-        vocab: 512,
+        sizes: Sizes {
+            hidden: 4096,
+            ffn: 14_336,
+            layers: 1,
+            heads: HeadShape { heads: 32, kv_heads: 8, head_dim: 128 },
+            vocab: 512,
+        },
         qk_norm: false,
         theta: 500_000,
     },
@@ -74,8 +92,7 @@ impl FromStr for Shape {
     type Err = std::convert::Infallible;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let named = NAMED.into_iter().find(|named| named.name == text);
-        Ok(named.map_or_else(|| Shape::Model(text.into()), Shape::Named))
+        Ok(Named::find(text).map_or_else(|_| Shape::Model(text.into()), Shape::Named))
     }
 }
 
@@ -96,30 +113,43 @@ impl Shape {
         match self {
             Shape::Named(named) => Ok(Model::drawn(named.config(context), options, SEED)?),
             Shape::Model(name) => {
-                let known = NAMED.map(|named| named.name).join(", ");
-                let dir = models::find(Some(name)).with_context(|| format!("--shape: known are {known} and models"))?;
+                let dir =
+                    models::find(Some(name)).with_context(|| format!("--shape: known are {} and models", known()))?;
                 Ok(Model::load(&dir, options)?)
             }
         }
     }
 }
 
+fn known() -> String {
+    NAMED.map(|named| named.name).join(", ")
+}
+
 impl Named {
+    /// The shape of that name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(name: &str) -> anyhow::Result<Named> {
+        NAMED.into_iter().find(|named| named.name == name).with_context(|| format!("no shape {name:?}: {}", known()))
+    }
+
     fn config(&self, context: u32) -> ModelConfig {
+        let Sizes { hidden, ffn, layers, heads, vocab } = self.sizes;
         ModelConfig {
             name: self.name.into(),
             architecture: "drawn".into(),
             family: Family::own(),
-            layers: self.layers,
-            hidden: self.hidden,
-            ffn: self.ffn,
+            layers,
+            hidden,
+            ffn,
             moe: None,
-            heads: self.heads,
-            vocab_rows: self.vocab,
-            tokenizer_size: self.vocab,
+            heads,
+            vocab_rows: vocab,
+            tokenizer_size: vocab,
             rms_eps: 1e-6,
             rope_theta: f64::from(self.theta),
-            rotary_dim: self.heads.head_dim as u32,
+            rotary_dim: heads.head_dim as u32,
             qk_norm: self.qk_norm,
             qkv_bias: false,
             tied: true,

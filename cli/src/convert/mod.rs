@@ -7,11 +7,13 @@
 //! - [`pre`], [`vocabulary`]: tokenizers
 //! - [`import`]: a GGUF file becomes a model folder
 //! - [`export`], [`writer`]: a checkpoint becomes a Qwen3 folder or a GGUF file
+//! - [`pad`]: a small model at the size of a large one
 
 pub mod export;
 pub mod gguf;
 pub mod import;
 pub mod names;
+pub mod pad;
 pub mod pre;
 pub mod quants;
 pub mod tensors;
@@ -21,6 +23,7 @@ pub mod writer;
 #[cfg(test)]
 mod tests;
 
+use crate::bench::shapes::Named;
 use crate::{models, output};
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
@@ -38,7 +41,8 @@ use unmask_trainer::checkpoint::atomically;
 pub const EXAMPLES: &str = "Examples:
   unmask convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
   unmask convert --to qwen3 python-tasks-3m python-tasks-3m-qwen3
-  unmask convert --to gguf python-tasks-3m python-tasks-3m.gguf";
+  unmask convert --to gguf python-tasks-3m python-tasks-3m.gguf
+  unmask convert --pad qwen3-0.6b python-tasks-3m models/padded";
 
 /// `unmask convert`
 #[derive(Debug, Args)]
@@ -50,6 +54,10 @@ pub struct ConvertArgs {
     /// What a model becomes; a GGUF file becomes a folder of its own architecture
     #[arg(long, value_enum)]
     pub to: Option<To>,
+    /// The same model at a larger size (qwen3-0.6b, smollm2-135m): zeros fill what is added, so that it writes the same, in the
+    /// time of such a model
+    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["to", "dtype"])]
+    pub pad: Option<String>,
     /// Type of the matrices; default: as they are stored, bf16 where that is a quantised type
     #[arg(long, value_enum)]
     pub dtype: Option<MatrixType>,
@@ -134,14 +142,18 @@ impl Summary {
 pub fn run(args: &ConvertArgs) -> anyhow::Result<ExitCode> {
     let target = args.dtype.map(MatrixType::target);
     let from = Path::new(&args.from);
-    let summary = if is_gguf(from)? {
+    let summary = if let Some(shape) = &args.pad {
+        let sizes = Named::find(shape).context("--pad")?.sizes;
+        let dir = models::find(Some(&args.from))?;
+        folder(&args.out, args.force, |out| pad::write_padded(&dir, sizes, out))?
+    } else if is_gguf(from)? {
         ensure!(args.to.is_none(), "--to: a GGUF file becomes a folder of its own architecture; leave it out");
         let file = map_read_only(from).with_context(|| format!("cannot read {}", from.display()))?;
         folder(&args.out, args.force, |dir| {
             import::import(&file, target, dir).with_context(|| from.display().to_string())
         })?
     } else {
-        let Some(to) = args.to else { bail!("{} is no GGUF file: say --to qwen3 or --to gguf", args.from) };
+        let Some(to) = args.to else { bail!("{} is no GGUF file: say --to qwen3, --to gguf or --pad", args.from) };
         let dir = models::find(Some(&args.from))?;
         let checkpoint = export::Checkpoint::open(&dir)?;
         match to {

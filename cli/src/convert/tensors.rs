@@ -65,7 +65,7 @@ impl Target {
         if self == Target::F32 { 4 } else { 2 }
     }
 
-    fn push(self, values: &[f32], out: &mut Vec<u8>) {
+    pub(super) fn push(self, values: &[f32], out: &mut Vec<u8>) {
         match self {
             Target::F32 => out.extend(values.iter().flat_map(|x| x.to_le_bytes())),
             Target::F16 => out.extend(values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes())),
