@@ -119,7 +119,7 @@ fn settings_of_later_stages_name_every_wrong_key() {
     let own = RawOrder {
         texts: 0,
         answers: 0,
-        tasks: None,
+        tasks: Some("tasks.jsonl".into()),
         orders: 1,
         keep: 2.0,
         temperature: -1.0,
@@ -127,7 +127,7 @@ fn settings_of_later_stages_name_every_wrong_key() {
         replay: 0.0,
     };
     let error = OrderStage::new(own, stage(dir.path(), 0, "")).unwrap_err().to_string();
-    for key in ["order.texts", "order.keep", "order.temperature", "stage.init.checkpoint", "steps"] {
+    for key in ["order.texts", "order.tasks", "order.keep", "order.temperature", "stage.init.checkpoint", "steps"] {
         assert!(error.contains(key), "{key} in {error}");
     }
 }

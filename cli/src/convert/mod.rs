@@ -153,7 +153,9 @@ pub fn run(args: &ConvertArgs) -> anyhow::Result<ExitCode> {
             import::import(&file, target, dir).with_context(|| from.display().to_string())
         })?
     } else {
-        let Some(to) = args.to else { bail!("{} is no GGUF file: say --to qwen3, --to gguf or --pad", args.from) };
+        let Some(to) = args.to else {
+            bail!("{} is no GGUF file: say --to qwen3 or --to gguf, or --pad with a size", args.from)
+        };
         let dir = models::find(Some(&args.from))?;
         let checkpoint = export::Checkpoint::open(&dir)?;
         match to {

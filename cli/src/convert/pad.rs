@@ -61,11 +61,15 @@ pub fn write_padded(dir: &Path, to: Sizes, out: &Path) -> anyhow::Result<Summary
     let tensors = padding.tensors(&views, &bar)?;
     bar.set_length(tensors.iter().map(|(_, padded)| padded.data_len() as u64).sum());
     let parameters: usize = tensors.iter().map(|(_, padded)| padded.shape.iter().product::<usize>()).sum();
+    let mut stored = BTreeMap::new();
+    for (_, padded) in &tensors {
+        *stored.entry(quants::name(padded.target.kind())).or_default() += 1;
+    }
     let summary = Summary {
         architecture: config.architecture,
         parameters,
         tensors: tensors.len(),
-        stored: BTreeMap::new(),
+        stored,
         bytes: tensors.iter().map(|(_, padded)| padded.data_len()).sum(),
     };
     let file = out.join("model.safetensors");
