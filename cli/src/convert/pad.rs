@@ -6,7 +6,7 @@
 //! for the scale; keys and values of a head are there once for each group of queries that fits the larger model's.
 
 use super::quants;
-use super::tensors::Target;
+use super::tensors::{Target, Tensor};
 use super::{Summary, decimal, write_json};
 use crate::bench::shapes::Sizes;
 use anyhow::{Context, ensure};
@@ -23,7 +23,7 @@ use unmask_engine::model::{ModelConfig, Overrides};
 const KEPT_FILES: [&str; 2] = ["tokenizer.json", "tokenizer_config.json"];
 
 /// A dimension of a tensor, by what it counts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 enum Axis {
     Hidden,
     Ffn,
@@ -148,7 +148,7 @@ impl Padding {
         let padded = |(name, axes, factor): (String, &[Axis], f32)| {
             let view = views.get(&name);
             let maps = axes.iter().map(|axis| self.map(*axis)).collect();
-            let padded = Padded::new(view, maps, factor, bar).with_context(|| name.clone())?;
+            let padded = Padded::new(&name, view, maps, factor, bar)?;
             Ok((name, padded))
         };
         ends.into_iter().chain(layers).map(padded).collect()
@@ -227,6 +227,7 @@ struct Padded<'a> {
 
 impl<'a> Padded<'a> {
     fn new(
+        name: &str,
         view: Option<&TensorView<'_>>,
         maps: Vec<Vec<Option<usize>>>,
         factor: f32,
@@ -237,9 +238,8 @@ impl<'a> Padded<'a> {
         let target = if shape.len() == 1 { Target::F32 } else { Target::Bf16 };
         let mut values = Vec::new();
         if let Some(view) = view {
-            let kinds = [Target::F32, Target::F16, Target::Bf16].into_iter().find(|kind| kind.dtype() == view.dtype());
-            let kind = kinds.with_context(|| format!("{:?} is not read", view.dtype()))?.kind();
-            quants::decode(kind, view.data(), 0, view.shape().iter().product(), &mut values)?;
+            let tensor = Tensor::of_view(name.to_owned(), view)?;
+            quants::decode(tensor.kind, tensor.bytes, 0, tensor.values(), &mut values)?;
             values.iter_mut().for_each(|value| *value *= factor);
         }
         let columns = view.and_then(|view| view.shape().last().copied()).unwrap_or(0);
