@@ -128,6 +128,7 @@ impl Export<'_> {
                 "shift": false,
                 "mask_token_id": vocabulary.mask,
                 "infill": { "prefix": vocabulary.prefix, "suffix": vocabulary.suffix, "middle": vocabulary.middle },
+                "heal": decode.heal,
                 "edit": if self.edits { "balanced" } else { "none" },
                 "decode": {
                     "block_size": decode.block_size,

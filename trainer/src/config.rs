@@ -210,11 +210,14 @@ pub struct RawDecode {
     /// Masks draft so far ahead and causal rows decide: a draft must then be right with probability `tau`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub self_speculative: bool,
+    /// The model spells a prompt's last word itself, where causal rows decide.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub heal: bool,
 }
 
 impl Default for RawDecode {
     fn default() -> RawDecode {
-        RawDecode { block_size: 16, tau: 0.9, max_tokens: 256, self_speculative: false }
+        RawDecode { block_size: 16, tau: 0.9, max_tokens: 256, self_speculative: false, heal: false }
     }
 }
 

@@ -60,7 +60,7 @@ fn compare(prompt: usize, block: usize) {
     let losses = trained.score(&Batch::new(&[example], (1.0, 1.0)), false).unwrap().losses;
 
     let dir = tempfile::tempdir().unwrap();
-    let decode = RawDecode { block_size: BLOCK, ..RawDecode::default() };
+    let decode = RawDecode { block_size: BLOCK, heal: true, ..RawDecode::default() };
     let folder = dir.path().join("model");
     Export {
         shape: &shape(),
@@ -73,6 +73,7 @@ fn compare(prompt: usize, block: usize) {
     .write(&weights, WeightType::F32, &folder)
     .unwrap();
     let engine = EngineModel::load(&folder, &LoadOptions { threads: 2, ..LoadOptions::default() }).unwrap();
+    assert!(engine.config().heal, "what the stage's decode defaults say is exported");
     let (mut kv, mut scratch) = (engine.new_kv(1), engine.new_scratch(LENGTH));
     let mut rows_of = |ids: &[u32], rows: &[Row]| -> Vec<Vec<f32>> {
         let outputs: Vec<u32> = (0..ids.len() as u32).collect();
