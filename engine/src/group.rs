@@ -34,7 +34,11 @@ pub struct StepLimit {
 }
 
 impl StepLimit {
-    fn of(&self, rows: usize) -> Duration {
+    /// Of steps of which nothing is known.
+    pub const UNMEASURED: StepLimit = StepLimit { base: Duration::from_secs(600), per_row: Duration::ZERO };
+
+    /// Of a step of so many rows.
+    pub fn of(&self, rows: usize) -> Duration {
         self.base + self.per_row * rows as u32
     }
 }

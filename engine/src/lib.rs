@@ -11,6 +11,7 @@
 //! - [`draw`], [`sample`]: counter-based randomness, top-k and top-p
 //! - [`prefix`], [`pages`]: names of pages by their content; who holds which
 //! - [`plan`]: which rows enter a step
+//! - [`pulse`]: signs of life for a watchdog
 //! - [`step`]: the engine, and the hot loop
 //! - [`model`]: configuration, weights, forward pass
 //! - [`profile`]: step time by rows and context
@@ -29,6 +30,7 @@ pub mod plan;
 pub mod policy;
 pub mod prefix;
 pub mod profile;
+pub mod pulse;
 pub mod raw;
 pub mod request;
 pub mod sample;
@@ -36,5 +38,6 @@ pub mod step;
 
 pub use model::{LoadError, LoadOptions, Model, ModelConfig, Reach};
 pub use policy::Policy;
+pub use pulse::Pulse;
 pub use request::{BlockTrace, Event, Invalid, Manner, Reason, Refusal, Request, RequestId, Sampling, Settings};
 pub use step::{Engine, Limits, Load, StepReport};

@@ -34,8 +34,7 @@ const CANARY_STEPS_MAX: usize = 4 * BLOCK_SIZE_MAX as usize;
 static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// Before anything is measured.
-const PACE: Pace =
-    Pace { now: Instant::now, step: StepLimit { base: FORM_LIMIT, per_row: Duration::ZERO }, idle: FORM_LIMIT };
+const PACE: Pace = Pace { now: Instant::now, step: StepLimit::UNMEASURED, idle: FORM_LIMIT };
 
 /// A rank of a group of processes that is not rank 0.
 #[derive(Debug, Clone)]
@@ -120,15 +119,12 @@ pub(crate) fn lead(
 pub(crate) fn engine(model: &Arc<Model>, limits: Limits, comm: Option<Comm>) -> Result<Engine, WorkerError> {
     let mut engine = match comm {
         None => Engine::new(Arc::clone(model), limits),
-        Some(comm) => {
-            let ranks = comm.ranks();
-            let mut engine = Engine::leading(Arc::clone(model), limits, comm, PACE).map_err(WorkerError::Group)?;
-            let limit = measure(&mut engine)?;
-            engine.set_step_limit(limit);
-            tracing::info!(ranks, base_ms = limit.base.as_millis(), row_us = limit.per_row.as_micros(), "step limit");
-            engine
-        }
+        Some(comm) => Engine::leading(Arc::clone(model), limits, comm, PACE).map_err(WorkerError::Group)?,
     };
+    let limit = measure(&mut engine)?;
+    engine.set_step_limit(limit);
+    let (ranks, base_ms, row_us) = (engine.ranks(), limit.base.as_millis(), limit.per_row.as_micros());
+    tracing::info!(ranks, base_ms, row_us, "step limit");
     canary(&mut engine).map_err(WorkerError::Canary)?;
     Ok(engine)
 }

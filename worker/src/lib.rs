@@ -6,7 +6,7 @@
 //! Modules in reading order:
 //! - [`config`]: raw and validated settings
 //! - `service`: gRPC; checks epoch, model, deadline
-//! - `runner`: the thread that owns the engine
+//! - `runner`: the thread that owns the engine; `watchdog`: notices when it hangs
 //! - [`group`]: ranks that share a model, and how long they may take
 //! - `delivery`: one request's way back to its reader
 //! - `mapping`: messages to engine types and back
@@ -30,6 +30,7 @@ mod runner;
 mod service;
 #[cfg(feature = "simulation")]
 pub mod simulated;
+mod watchdog;
 
 pub use config::{Config, ConfigError, Pool, Ranks, RawConfig, RawPool, Role};
 pub use descriptor::TokenizerFilesError;
@@ -92,6 +93,9 @@ pub enum WorkerError {
     /// A rank of the group is lost, or the group did not form.
     #[error("the group is over: {0}")]
     Group(CommError),
+    /// The thread that computes does not move any more.
+    #[error("the engine hangs, so the worker ends: {0}; start it again")]
+    Hangs(CommError),
     /// Settings do not fit together.
     #[error("{0}")]
     Config(#[from] ConfigError),
@@ -148,21 +152,34 @@ async fn run_own(
         let config = config.clone();
         move || load(&config, &dir, &ranks)
     });
-    let Loaded { serving, hello, engine_thread, followers } = tokio::select! {
+    let loaded = tokio::select! {
         loaded = loading => loaded??.with(hello),
         () = &mut shutdown => return Ok(()),
     };
+    serve_own(config, loaded, incoming, shutdown).await
+}
+
+async fn serve_own(
+    config: Config,
+    loaded: Loaded,
+    incoming: Incoming,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
+    let Loaded { serving, hello, engine_thread, followers } = loaded;
     let runner = serving.runner.clone();
     let host = Host::new(config, Readiness::Ready, Some(serving));
     let mut failure = runner.watch_failure();
     let over = async {
         tokio::select! {
             biased;
-            () = &mut shutdown => {}
+            () = shutdown => {}
             _ = failure.wait_for(Option::is_some) => {}
         }
     };
     let served = host.attend(hello, incoming, over).await;
+    if let Some(error) = runner.failure().filter(|_| runner.hangs().is_cancelled()) {
+        return Err(WorkerError::Hangs(error));
+    }
     let followers = followers.into_iter().map(|thread| ("rank", thread));
     join_threads(std::iter::once(("engine", engine_thread)).chain(followers).collect()).await;
     runner.failure().map_or(served, |error| Err(WorkerError::Group(error)))
@@ -183,11 +200,22 @@ async fn run_pooled(
     let host = Host::new(config, Readiness::Spare, None);
     let pooled = Pooled::new(&host, listener);
     let end = CancellationToken::new();
-    let seated = tokio::spawn(pooled.run(end.clone()));
-    let served = host.attend(hello, incoming, shutdown).await;
+    let mut seated = tokio::spawn(pooled.run(end.clone()));
+    let mut ended = None;
+    let over = async {
+        tokio::select! {
+            biased;
+            () = shutdown => {}
+            hangs = &mut seated => ended = Some(hangs),
+        }
+    };
+    let served = host.attend(hello, incoming, over).await;
     end.cancel();
-    seated.await?;
-    served
+    let hangs = match ended {
+        Some(hangs) => hangs?,
+        None => seated.await?,
+    };
+    hangs.map_or(served, |error| Err(WorkerError::Hangs(error)))
 }
 
 /// What every worker has, whatever it serves.
@@ -379,7 +407,7 @@ fn start(
         "ready"
     );
     let patience = Patience { preempt: config.preempt_limit, give_up: config.stall_limit };
-    let (runner, thread) = runner::start(engine, limits, patience).map_err(no_thread)?;
+    let (runner, thread) = runner::start(engine, patience).map_err(no_thread)?;
     let default_policy = model.config().decode.policy;
     let announced = (epoch > 0).then(|| loaded.clone());
     Ok((
@@ -428,3 +456,6 @@ async fn join_threads(threads: Vec<(&'static str, JoinHandle<()>)>) {
         tracing::error!("a thread did not end in time");
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use tokio::sync::{oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
-use unmask_engine::group::{AbortHandle, Comm};
+use unmask_engine::group::{AbortHandle, Comm, CommError};
 use unmask_engine::model::{Progress, Share, WeightType};
 use unmask_engine::{LoadOptions, Model};
 use unmask_proto::v1::Seat;
@@ -72,8 +72,8 @@ impl Pooled {
         }
     }
 
-    /// Follows orders until `end`.
-    pub(crate) async fn run(mut self, end: CancellationToken) {
+    /// Follows orders until `end`, or until its engine hangs: then it says how, and nothing can be computed here any more.
+    pub(crate) async fn run(mut self, end: CancellationToken) -> Option<CommError> {
         let mut orders = self.membership.orders();
         // Ends what an order has under way.
         let changed = async |orders: &mut Orders| {
@@ -109,7 +109,10 @@ impl Pooled {
                 Ok(_) if stop.load(Ordering::Acquire) => {}
                 Ok(Taken::Leads { serving, thread, abort }) => {
                     let order = (epoch, &taken_seat);
-                    self.lead(order, serving, thread, abort, changed(&mut orders)).await;
+                    let hangs = self.lead(order, serving, thread, abort, changed(&mut orders)).await;
+                    if hangs.is_some() {
+                        return hangs;
+                    }
                 }
                 Ok(Taken::Follows { thread, ended, abort }) => {
                     let order = (epoch, &taken_seat);
@@ -124,9 +127,10 @@ impl Pooled {
                 }
             }
         }
+        None
     }
 
-    /// Serves until the group is over and another order has come.
+    /// Serves until the group is over and another order has come, or the engine hangs.
     async fn lead(
         &self,
         (epoch, seat): (u64, &Seat),
@@ -134,7 +138,7 @@ impl Pooled {
         thread: JoinHandle<()>,
         abort: AbortHandle,
         ordered: impl Future<Output = ()>,
-    ) {
+    ) -> Option<CommError> {
         let runner = serving.runner.clone();
         self.serving.send_replace(Some(serving));
         self.membership.stand(epoch, Readiness::Ready);
@@ -147,7 +151,9 @@ impl Pooled {
                 self.serving.send_replace(None);
                 let why = runner.failure().map_or_else(String::new, |error| error.to_string());
                 self.membership.stand(epoch, Readiness::Fenced(why));
-                ordered.await;
+                if !runner.hangs().is_cancelled() {
+                    ordered.await;
+                }
             }
         }
         if runner.failure().is_none() && self.is_planned(seat) {
@@ -157,7 +163,11 @@ impl Pooled {
         self.serving.send_replace(None);
         abort.abort();
         runner.stop();
+        if runner.hangs().is_cancelled() {
+            return runner.failure();
+        }
         join_threads(vec![("engine", thread)]).await;
+        None
     }
 
     /// Whether the last order ends a group that works: it makes a spare, or wants other weights. Else a group forms anew

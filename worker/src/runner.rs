@@ -8,6 +8,7 @@ use crate::delivery::{Delivery, Flow, Reading, Terms};
 use crate::group::CANARY_INTERVAL;
 use crate::mapping;
 use crate::pace::{Pace, Pacer, Step};
+use crate::watchdog::Watched;
 use std::collections::BTreeMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,9 +19,10 @@ use std::time::Duration;
 use tokio::sync::mpsc::error::{TryRecvError, TrySendError};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 use unmask_engine::group::CommError;
-use unmask_engine::{Engine, Event, Limits, Load, Request, RequestId, StepReport};
+use unmask_engine::{Engine, Event, Load, Request, RequestId, StepReport};
 use unmask_proto::rich;
 
 /// Letters that wait for the runner; a request that finds it full is refused.
@@ -37,6 +39,9 @@ enum Letter {
     Wake,
     #[cfg(test)]
     Panic,
+    /// In a step that may take so long, until the other end says something.
+    #[cfg(test)]
+    Hang(Duration, std::sync::mpsc::Receiver<()>),
 }
 
 struct Submission {
@@ -52,6 +57,7 @@ pub(crate) struct Handle {
     load: watch::Receiver<Load>,
     pace: watch::Receiver<Pace>,
     failure: watch::Receiver<Option<CommError>>,
+    hangs: CancellationToken,
     next_id: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
 }
@@ -65,7 +71,7 @@ impl Handle {
     /// Hands a request to the engine; answers when the engine took it (between two steps) or refused.
     ///
     /// # Errors
-    /// The engine's refusal, RESOURCE_EXHAUSTED when the mailbox is full, UNAVAILABLE when the runner has stopped.
+    /// The engine's refusal, RESOURCE_EXHAUSTED when the mailbox is full, UNAVAILABLE when the runner has stopped or hangs.
     pub(crate) async fn submit(&self, request: Request, terms: Terms) -> Result<Reading, Status> {
         let (reply, answer) = oneshot::channel();
         let letter = Letter::Submit(Box::new(Submission { request, terms, reply }));
@@ -78,7 +84,11 @@ impl Handle {
             ),
             TrySendError::Closed(_) => stopped(),
         })?;
-        answer.await.map_err(|_| stopped())?
+        tokio::select! {
+            biased;
+            answer = answer => answer.map_err(|_| stopped())?,
+            () = self.hangs.cancelled() => Err(hanging()),
+        }
     }
 
     /// Makes the runner look around. Cheap; a full mailbox means that it is about to look anyway.
@@ -102,6 +112,11 @@ impl Handle {
         self.failure.clone()
     }
 
+    /// Whether the engine's thread hangs, and when it is found to: nothing that it holds ends by itself.
+    pub(crate) fn hangs(&self) -> &CancellationToken {
+        &self.hangs
+    }
+
     /// How fast requests were decoded so far.
     pub(crate) fn pace(&self) -> Pace {
         *self.pace.borrow()
@@ -121,11 +136,23 @@ impl Handle {
     pub(crate) fn panic(&self) {
         let _ = self.letters.try_send(Letter::Panic);
     }
+
+    #[cfg(test)]
+    pub(crate) fn hang(&self, limit: Duration) -> std::sync::mpsc::Sender<()> {
+        let (end, ended) = std::sync::mpsc::channel();
+        let _ = self.letters.try_send(Letter::Hang(limit, ended));
+        end
+    }
 }
 
 /// The status of requests whose runner is gone: another group may take them.
 pub(crate) fn stopped() -> Status {
     rich::retryable(Code::Unavailable, "WORKER_STOPPING", "the worker is stopping", mapping::RETRY_AFTER)
+}
+
+/// The status of requests whose runner hangs: another group may take them.
+pub(crate) fn hanging() -> Status {
+    rich::retryable(Code::Unavailable, "GROUP_LOST", "the worker's engine hangs", mapping::RETRY_AFTER)
 }
 
 /// How long a reader may take nothing.
@@ -141,9 +168,11 @@ pub(crate) struct Patience {
 ///
 /// # Errors
 /// When the system gives no thread.
-pub(crate) fn start(engine: Engine, limits: Limits, patience: Patience) -> io::Result<(Handle, JoinHandle<()>)> {
-    let (runner, handle) = Runner::new(engine, limits, patience);
+pub(crate) fn start(engine: Engine, patience: Patience) -> io::Result<(Handle, JoinHandle<()>)> {
+    let (runner, handle) = Runner::new(engine, patience);
     let waiting = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    let watched = runner.watched(&handle);
+    std::thread::Builder::new().name("unmask-watchdog".into()).spawn(move || watched.watch())?;
     let run = move || waiting.block_on(runner.run(|_| Duration::ZERO));
     let thread = std::thread::Builder::new().name("unmask-engine".into()).spawn(run)?;
     Ok((handle, thread))
@@ -154,7 +183,6 @@ pub(crate) struct Runner {
     failure: watch::Sender<Option<CommError>>,
     /// When every rank last computed something.
     proven: Instant,
-    limits: Limits,
     patience: Patience,
     /// Zero of the clock by which the engine compares deadlines.
     origin: Instant,
@@ -179,19 +207,19 @@ enum Turn {
 }
 
 impl Runner {
-    pub(crate) fn new(engine: Engine, limits: Limits, patience: Patience) -> (Self, Handle) {
+    pub(crate) fn new(engine: Engine, patience: Patience) -> (Self, Handle) {
         let (letters, mailbox) = mpsc::channel(MAILBOX_MAX);
         let (load, loads) = watch::channel(engine.load());
         let stop = Arc::new(AtomicBool::new(false));
         let (failed, failure) = watch::channel(None);
         let next_id = Arc::new(AtomicU64::new(1));
         let (pace, paces) = watch::channel(Pace::default());
-        let handle = Handle { letters, load: loads, pace: paces, failure, next_id, stop: Arc::clone(&stop) };
+        let hangs = CancellationToken::new();
+        let handle = Handle { letters, load: loads, pace: paces, failure, hangs, next_id, stop: Arc::clone(&stop) };
         let now = Instant::now();
         let runner = Self {
             failure: failed,
             proven: now,
-            limits,
             patience,
             origin: now,
             engine,
@@ -204,6 +232,17 @@ impl Runner {
             stop,
         };
         (runner, handle)
+    }
+
+    /// For the watchdog's thread.
+    fn watched(&self, handle: &Handle) -> Watched<Letter> {
+        Watched {
+            pulse: Arc::clone(self.engine.pulse()),
+            letters: handle.letters.downgrade(),
+            limit: self.engine.step_limit().of(0),
+            failure: self.failure.clone(),
+            hangs: handle.hangs.clone(),
+        }
     }
 
     /// Turns until it is stopped. A step that carried rows takes as long as it takes, and `cost` on top.
@@ -237,6 +276,7 @@ impl Runner {
 
     /// Letters, readers, one step.
     fn turn(&mut self, first: Option<Letter>) -> Turn {
+        self.engine.pulse().beat();
         if let Some(letter) = first {
             self.open(letter);
         }
@@ -294,6 +334,11 @@ impl Runner {
             Letter::Wake => {}
             #[cfg(test)]
             Letter::Panic => panic!("as a test wants it"),
+            #[cfg(test)]
+            Letter::Hang(limit, end) => {
+                let _step = self.engine.pulse().step(limit);
+                let _ = end.recv();
+            }
         }
     }
 
@@ -428,7 +473,7 @@ impl Runner {
             delivery.end(Err(failed()));
         }
         self.events.clear();
-        self.engine = Engine::new(Arc::clone(self.engine.model()), self.limits);
+        self.engine = self.engine.anew();
         self.load.send_replace(self.engine.load());
     }
 }

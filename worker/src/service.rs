@@ -152,16 +152,21 @@ fn terms(message: &RunRequest, arrived: Instant, deadline: Option<Instant>) -> T
 
 /// Events, then the status when there is one.
 fn stream(reading: Reading, open: OpenStream) -> BoxStream<'static, Result<RunResponse, Status>> {
-    let end = futures::stream::once(reading.end).filter_map(move |end| {
+    let hangs = open.runner.hangs().clone();
+    let events = ReceiverStream::new(reading.events).take_until(hangs.clone().cancelled_owned());
+    let end = async move {
+        tokio::select! {
+            biased;
+            end = reading.end => end.unwrap_or_else(|_| Err(runner::stopped())),
+            () = hangs.cancelled() => Err(runner::hanging()),
+        }
+    };
+    let end = futures::stream::once(end).filter_map(move |end| {
         // Held as long as the stream.
         let _ = &open;
-        std::future::ready(match end {
-            Ok(Ok(())) => None,
-            Ok(Err(status)) => Some(Err(status)),
-            Err(_) => Some(Err(runner::stopped())),
-        })
+        std::future::ready(end.err().map(Err))
     });
-    ReceiverStream::new(reading.events).map(Ok).chain(end).boxed()
+    events.map(Ok).chain(end).boxed()
 }
 
 /// The `grpc-timeout` of a call.

@@ -102,7 +102,7 @@ pub async fn run(
     let endpoint = config.endpoint(listening)?;
     let limits = limits(&config, &model);
     let patience = Patience { preempt: config.preempt_limit, give_up: config.stall_limit };
-    let (runner, handle) = Runner::new(Engine::new(Arc::clone(&model), limits), limits, patience);
+    let (runner, handle) = Runner::new(Engine::new(Arc::clone(&model), limits), patience);
     let mut loads = handle.watch_load();
     tokio::spawn(runner.run(move |report| cost.of(report)));
     tokio::spawn(async move {

@@ -16,6 +16,7 @@ use crate::model::Model;
 use crate::pages::Pages;
 use crate::plan::{Grant, Plan};
 use crate::policy::Candidate;
+use crate::pulse::Pulse;
 use crate::request::{BLOCK_SIZE_MAX, Event, Refusal, Request, RequestId};
 use crate::sample::{self, Bars};
 use life::{Deciding, Life};
@@ -84,6 +85,8 @@ pub struct Engine {
     /// Why the group is over, if it is.
     failure: Option<CommError>,
     limits: Limits,
+    step_limit: StepLimit,
+    pulse: Arc<Pulse>,
     pages: Pages,
     /// Requests that wait, those sent back among them: at most `queue_max + active_max`.
     queue: Vec<Life>,
@@ -159,6 +162,8 @@ impl Engine {
             rank,
             failure: None,
             limits,
+            step_limit: StepLimit::UNMEASURED,
+            pulse: Arc::default(),
             pages: Pages::new(limits.pages, limits.cached_pages),
             queue: Vec::new(),
             active: Vec::new(),
@@ -194,13 +199,35 @@ impl Engine {
     /// what its time is measured by. [`Engine::failure`] tells when a rank does not.
     pub fn probe(&mut self, rows: u32) {
         if self.failure.is_none() {
-            self.failure = self.rank.probe(rows.clamp(1, self.limits.rows_max) as usize).err();
+            let rows = rows.clamp(1, self.limits.rows_max) as usize;
+            let _step = self.pulse.step(self.step_limit.of(rows));
+            self.failure = self.rank.probe(rows).err();
         }
     }
 
-    /// How long the other ranks may take for a step from now on.
+    /// How long a step may take from now on: the other ranks by their clocks, this one by whoever watches its pulse.
     pub fn set_step_limit(&mut self, limit: StepLimit) {
+        self.step_limit = limit;
         self.rank.set_step_limit(limit);
+    }
+
+    /// How long a step of so many rows may take.
+    pub fn step_limit(&self) -> StepLimit {
+        self.step_limit
+    }
+
+    /// Signs of life of whoever calls [`Engine::step`].
+    pub fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    /// A new engine in the place of one that cannot be trusted any more, without its requests; whoever watches this one
+    /// watches that one.
+    #[must_use]
+    pub fn anew(&self) -> Self {
+        let mut engine = Self::new(Arc::clone(self.rank.model()), self.limits);
+        (engine.step_limit, engine.pulse) = (self.step_limit, Arc::clone(&self.pulse));
+        engine
     }
 
     /// The model.
@@ -339,6 +366,7 @@ impl Engine {
         batch.records.clear();
         batch.records.resize(batch.outputs.len(), Record::default());
         let Batch { ids, rows, outputs, draws, wanted, records, .. } = batch;
+        let _step = self.pulse.step(self.step_limit.of(ids.len()));
         self.rank.lead(&Pass { ids, rows, tables: &tables, outputs, draws, wanted }, records)
     }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 use tonic_types::StatusExt as _;
 use unmask_engine::policy::{Comparison, Policy};
-use unmask_engine::{LoadOptions, Manner, Model, Sampling, Settings};
+use unmask_engine::{Limits, LoadOptions, Manner, Model, Sampling, Settings};
 use unmask_proto::v1::{FinishReason, RunResponse, run_response};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -32,7 +32,7 @@ fn running(limits: Limits, give_up: Duration) -> Running {
 }
 
 fn running_with(limits: Limits, patience: Patience) -> Running {
-    let (handle, thread) = start(Engine::new(model(), limits), limits, patience).unwrap();
+    let (handle, thread) = start(Engine::new(model(), limits), patience).unwrap();
     Running { handle, thread }
 }
 
