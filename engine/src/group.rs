@@ -100,6 +100,11 @@ impl Rank {
         &self.model
     }
 
+    /// Pages of the cache, those of probes included.
+    pub(crate) fn pages(&self) -> usize {
+        self.kv.pages()
+    }
+
     pub(crate) fn bans(&self) -> &Bans {
         &self.bans
     }

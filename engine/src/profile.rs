@@ -1,15 +1,17 @@
-//! Step time as a function of rows and context, for one model on one device.
+//! Step time as a function of rows and context, for one model on one device, or on those of a group's ranks.
 //!
 //! Block size is chosen by it: a step of many rows is worth its time only while the tokens it commits grow faster.
 //! [`measure`] runs steps of drawn-up shapes, [`Profile`] is what they took, [`Profile::step_ms`] reads between them.
 
-use crate::model::{Model, Scratch};
+use crate::group::wire;
 use crate::request::BLOCK_SIZE_MAX;
+use crate::{Engine, Limits};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use thiserror::Error;
-use unmask_kernels::{Bans, Draw, KvCache, KvType, PAGE_SLOTS, Record, Row, RowTable};
+use unmask_kernels::comm::CommError;
+use unmask_kernels::{Draw, KvType, PAGE_SLOTS, Record, Row};
 
 /// Tag of the format, in every file.
 pub const FORMAT: &str = "profile/1";
@@ -51,13 +53,24 @@ pub struct Profile {
     pub device: String,
     /// Instruction set.
     pub isa: String,
-    /// Threads of the forward pass.
+    /// Threads of the forward pass, of each rank.
     pub threads: usize,
+    /// Ranks that share the model.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub ranks: usize,
     /// Type of the weights.
     pub dtype: String,
     /// Type of cached keys and values.
     pub kv_type: String,
     points: Vec<Point>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(ranks: &usize) -> bool {
+    *ranks == 1
 }
 
 /// One measured shape of step.
@@ -183,32 +196,49 @@ impl Grid {
         }
     }
 
+    /// Limits of an engine that has room for all of it.
+    pub fn limits(&self) -> Limits {
+        let passes: Vec<Pass> = self.shapes().map(|(rows, context)| Pass::new(rows, context)).collect();
+        let rows_max = self.rows.iter().copied().max().unwrap_or(1);
+        let own = passes.iter().map(Pass::own_pages).max().unwrap_or(0);
+        Limits { rows_max, pages: own + context_pages(&passes), cached_pages: 0, ..Limits::default() }
+    }
+
     fn shapes(&self) -> impl Iterator<Item = (u32, u32)> {
         self.contexts.iter().flat_map(|&context| self.rows.iter().map(move |&rows| (rows, context)))
     }
+}
+
+/// Pages of context that the sequences of all passes share.
+fn context_pages(passes: &[Pass]) -> usize {
+    let longest = passes.iter().map(|pass| pass.context_pages() * pass.sequences()).max().unwrap_or(0);
+    longest.min(CONTEXT_POSITIONS_MAX as usize / PAGE_SLOTS)
 }
 
 fn contexts(wanted: &[u32]) -> Vec<u32> {
     BTreeSet::from_iter(wanted.iter().copied()).into_iter().collect()
 }
 
-/// Times steps of the grid's shapes. `clock` is monotonic time since any origin; `progress` hears of timed steps and
-/// how many there are at most.
+/// Times steps of the grid's shapes, as far as the engine has room for them; it holds no requests, and its cache is
+/// written over. `clock` is monotonic time since any origin; `progress` hears of timed steps and how many there are at most.
+///
+/// # Errors
+/// A rank of its group does not answer.
 ///
 /// # Panics
-/// When the grid is empty or asks for more context than the model has.
+/// When the grid is empty or asks for more context than the model has, or the engine has requests.
 pub fn measure(
-    model: &Model,
+    engine: &mut Engine,
     grid: &Grid,
     clock: &mut dyn FnMut() -> Duration,
     progress: &mut dyn FnMut(usize, usize),
-) -> Profile {
-    let passes: Vec<Pass> = grid.shapes().map(|(rows, context)| Pass::new(rows, context)).collect();
-    assert!(!passes.is_empty() && grid.repeats > 0, "a grid must have shapes");
+) -> Result<Profile, CommError> {
+    assert!(!engine.has_work(), "the cache belongs to requests");
     let longest = grid.contexts.iter().copied().max().unwrap_or(0);
-    assert!(longest <= model.config().context_length, "the model's context ends before {longest} positions");
+    assert!(longest <= engine.model().config().context_length, "the model's context ends before {longest} positions");
     let started = clock();
-    let mut bench = Bench::new(model, &passes);
+    let (mut bench, passes) = Bench::new(engine, grid)?;
+    assert!(!passes.is_empty() && grid.repeats > 0, "a grid must have shapes");
     let mut taken = vec![Vec::with_capacity(grid.repeats); passes.len()];
     'turns: for turn in 0..grid.repeats {
         for (i, pass) in passes.iter().enumerate() {
@@ -216,17 +246,18 @@ pub fn measure(
                 break 'turns;
             }
             let warm = clock() + WARMING;
-            bench.run(pass);
+            bench.run(pass)?;
             while clock() < warm {
-                bench.run(pass);
+                bench.run(pass)?;
             }
             let before = clock();
-            bench.run(pass);
+            bench.run(pass)?;
             taken[i].push((clock() - before).as_secs_f64() * 1e3);
             progress(turn * passes.len() + i + 1, grid.repeats * passes.len());
         }
     }
     let points = passes.iter().zip(&mut taken).map(|(pass, taken)| pass.point(taken)).collect();
+    let model = engine.model();
     let mut profile = Profile {
         format: FORMAT.into(),
         model: model.config().name.clone(),
@@ -234,8 +265,9 @@ pub fn measure(
         device: device(),
         isa: model.isa().name().to_owned(),
         threads: model.threads(),
+        ranks: engine.ranks(),
         dtype: model.dtype().name().to_owned(),
-        kv_type: match bench.kv.dtype() {
+        kv_type: match model.kv_type() {
             KvType::F32 => "f32",
             KvType::Bf16 => "bf16",
         }
@@ -243,7 +275,7 @@ pub fn measure(
         points,
     };
     profile.sort();
-    profile
+    Ok(profile)
 }
 
 /// Name of this machine's processor, or of its architecture where the system does not say.
@@ -274,6 +306,11 @@ impl Pass {
         self.rows.len().div_ceil(SEQUENCE_ROWS as usize)
     }
 
+    /// Pages of its sequences' own rows.
+    fn own_pages(&self) -> usize {
+        OWN_PAGES * self.sequences()
+    }
+
     /// Whole pages of context of one sequence.
     fn context_pages(&self) -> usize {
         self.context as usize / PAGE_SLOTS
@@ -290,50 +327,47 @@ impl Pass {
 
 /// What measured steps run on.
 struct Bench<'a> {
-    model: &'a Model,
-    kv: KvCache,
-    scratch: Scratch,
+    engine: &'a mut Engine,
     /// Pages of context; the pages of the sequences' own rows come after them.
     pool: usize,
     ids: Vec<u32>,
-    bans: Bans,
     draws: Vec<Draw>,
     records: Vec<Record>,
 }
 
 impl<'a> Bench<'a> {
-    fn new(model: &'a Model, passes: &[Pass]) -> Self {
+    /// With the passes for which the engine has room.
+    fn new(engine: &'a mut Engine, grid: &Grid) -> Result<(Self, Vec<Pass>), CommError> {
         const { assert!(SEQUENCE_ROWS <= BLOCK_SIZE_MAX, "positions must not pass the context by more than a block") };
-        let most = |of: fn(&Pass) -> usize| passes.iter().map(of).max().unwrap_or(0);
-        let (rows, sequences) = (most(|pass| pass.rows.len()), most(Pass::sequences));
-        let context = most(Pass::context_pages) * sequences;
-        let pool = context.min(CONTEXT_POSITIONS_MAX as usize / PAGE_SLOTS);
-        let vocab = model.config().tokenizer_size;
-        let mut bench = Self {
-            model,
-            kv: model.new_kv(pool + OWN_PAGES * sequences),
-            scratch: model.new_scratch(rows),
-            pool,
-            ids: (0..rows as u32).map(|i| i % vocab.max(1)).collect(),
-            bans: Bans { vocab: vocab as usize, ..Bans::default() },
-            draws: vec![Draw::default(); rows],
-            records: vec![Record::default(); rows],
-        };
-        bench.fill(rows);
-        bench
+        let (limits, room) = (*engine.limits(), engine.rank().pages());
+        let mut passes: Vec<Pass> = grid.shapes().map(|(rows, context)| Pass::new(rows, context)).collect();
+        passes.retain(|pass| pass.rows.len() <= limits.rows_max as usize && pass.own_pages() <= room);
+        let own = passes.iter().map(Pass::own_pages).max().unwrap_or(0);
+        let pool = context_pages(&passes).min(room - own);
+        passes.retain(|pass| pool > 0 || pass.context_pages() == 0);
+        let rows = passes.iter().map(|pass| pass.rows.len()).max().unwrap_or(0);
+        let vocab = engine.model().config().tokenizer_size;
+        let ids = (0..rows as u32).map(|i| i % vocab.max(1)).collect();
+        let (draws, records) = (vec![Draw::default(); rows], vec![Record::default(); rows]);
+        let mut bench = Self { engine, pool, ids, draws, records };
+        bench.fill(pool + own, rows)?;
+        Ok((bench, passes))
     }
 
     /// Writes every page once: memory never written may be one and the same page of zeros, faster than any real one.
-    fn fill(&mut self, rows_max: usize) {
-        let pages: Vec<u32> = (0..self.kv.pages() as u32).collect();
-        let tables: Vec<&[u32]> = pages.chunks(1).collect();
-        let slots =
-            |&page: &u32| (0..PAGE_SLOTS as u32).map(move |slot| Row { sequence: page, position: slot, end: 1 });
-        let rows: Vec<Row> = pages.iter().flat_map(slots).collect();
-        for rows in rows.chunks(rows_max) {
-            let table = RowTable { rows, tables: &tables };
-            self.model.forward(&self.ids[..rows.len()], &table, &[], &mut self.kv, &mut self.scratch);
-        }
+    fn fill(&mut self, pages: usize, rows_max: usize) -> Result<(), CommError> {
+        let slots: Vec<usize> = (0..pages * PAGE_SLOTS).collect();
+        slots.chunks(rows_max.max(1)).try_for_each(|slots| {
+            let first = slots[0] / PAGE_SLOTS;
+            let pages: Vec<u32> = (first..=slots[slots.len() - 1] / PAGE_SLOTS).map(|page| page as u32).collect();
+            let row = |slot: &usize| Row {
+                sequence: (slot / PAGE_SLOTS - first) as u32,
+                position: (slot % PAGE_SLOTS) as u32,
+                end: 1,
+            };
+            let rows: Vec<Row> = slots.iter().map(row).collect();
+            self.lead(&rows, &pages.chunks(1).collect::<Vec<_>>(), &[])
+        })
     }
 
     /// Pages of one sequence: context from the pool, which wraps around, then its own.
@@ -343,14 +377,17 @@ impl<'a> Bench<'a> {
         context.chain(own..own + OWN_PAGES).map(|page| page as u32).collect()
     }
 
-    fn run(&mut self, pass: &Pass) {
+    fn run(&mut self, pass: &Pass) -> Result<(), CommError> {
         let tables: Vec<Vec<u32>> =
             (0..pass.sequences()).map(|sequence| self.table(sequence, pass.context_pages())).collect();
         let tables: Vec<&[u32]> = tables.iter().map(Vec::as_slice).collect();
-        let table = RowTable { rows: &pass.rows, tables: &tables };
-        let count = pass.rows.len();
-        self.model.forward(&self.ids[..count], &table, &pass.outputs, &mut self.kv, &mut self.scratch);
-        self.model.reduce(&self.scratch, &self.bans, &self.draws[..count], &mut self.records[..count]);
+        self.lead(&pass.rows, &tables, &pass.outputs)
+    }
+
+    fn lead(&mut self, rows: &[Row], tables: &[&[u32]], outputs: &[u32]) -> Result<(), CommError> {
+        let (ids, draws) = (&self.ids[..rows.len()], &self.draws[..outputs.len()]);
+        let pass = wire::Pass { ids, rows, tables, outputs, draws, wanted: &[] };
+        self.engine.rank().lead(&pass, &mut self.records[..outputs.len()])
     }
 }
 

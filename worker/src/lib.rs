@@ -56,6 +56,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use unmask_engine::group::CommError;
 use unmask_engine::pages::Pages;
+use unmask_engine::profile::Profile;
 use unmask_engine::request::BLOCK_SIZE_MAX;
 use unmask_engine::{Engine, Limits, LoadError, Model};
 use unmask_proto::network::Incoming;
@@ -371,8 +372,14 @@ impl Loaded {
 fn load(config: &Config, dir: &Path, ranks: &Ranks) -> Result<Loaded, WorkerError> {
     let tokenizer = TokenizerFiles::read(dir)?;
     let formed = group::lead(dir, &config.load, ranks, |model| limits(config, model))?;
-    let Formed { model, engine, followers } = formed;
-    let (serving, described, engine_thread) = start(config, dir, None, tokenizer, &model, engine)?;
+    let Formed { model, mut engine, followers } = formed;
+    // Before anything is served: requests would make the steps slow, and the steps the requests.
+    let profile = match (&config.profile_dir, ranks) {
+        (None, _) => None,
+        (Some(_), Ranks::Processes { .. }) => Some(profile::measured(&mut engine).map_err(WorkerError::Group)?),
+        (Some(kept), _) => Some(profile::obtain(&mut engine, kept).map_err(WorkerError::Group)?),
+    };
+    let (serving, described, engine_thread) = start(config, dir, None, tokenizer, &model, engine, profile.as_ref())?;
     let v1::Loaded { model, profile_json, quality_json, .. } = described;
     let hello = Hello { model, profile_json, quality_json, ..Hello::default() };
     Ok(Loaded { serving, hello, engine_thread, followers })
@@ -387,15 +394,13 @@ fn start(
     tokenizer: TokenizerFiles,
     model: &Arc<Model>,
     engine: Engine,
+    profile: Option<&Profile>,
 ) -> Result<(Serving, v1::Loaded, JoinHandle<()>), WorkerError> {
-    // Before anything is served: requests would make the steps slow, and the steps the requests.
-    let alone = config.profile_dir.as_ref().filter(|_| engine.ranks() == 1);
-    let profile = alone.map(|dir| profile::obtain(model, dir));
     let (model_name, epoch) = assigned.unwrap_or_else(|| (model.config().name.clone(), 0));
     let loaded = v1::Loaded {
         epoch,
         model: Some(ModelDescriptor { name: model_name.clone(), ..descriptor::describe(model, &tokenizer) }),
-        profile_json: profile.and_then(|profile| serde_json::to_string(&profile).ok()).unwrap_or_default(),
+        profile_json: profile.and_then(|profile| serde_json::to_string(profile).ok()).unwrap_or_default(),
         quality_json: descriptor::quality(dir),
     };
     let limits = limits(config, model);

@@ -9,7 +9,7 @@ use crate::descriptor::TokenizerFiles;
 use crate::group::{engine, follow_rank, form, listen, load_share};
 use crate::membership::{Membership, Order, Readiness};
 use crate::service::Serving;
-use crate::{Host, WorkerError, join_threads, limits, no_thread, start};
+use crate::{Host, WorkerError, join_threads, limits, no_thread, profile, start};
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,6 +20,7 @@ use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 use unmask_engine::group::{AbortHandle, Comm, CommError};
 use unmask_engine::model::{Progress, Share, WeightType};
+use unmask_engine::profile::Profile;
 use unmask_engine::{LoadOptions, Model};
 use unmask_proto::v1::Seat;
 
@@ -58,6 +59,8 @@ struct Held {
     dtype: WeightType,
     share: Share,
     model: Arc<Model>,
+    /// Step times of a group that this led: those of the next one with these weights are much the same.
+    profile: Option<Profile>,
 }
 
 impl Pooled {
@@ -240,11 +243,11 @@ struct Taking {
 impl Taking {
     /// Loads what is missing, meets the other ranks, and proves that the group computes. Weights stay whatever happens.
     fn run(self, held: Option<Held>) -> (Option<Held>, Result<Taken, WorkerError>) {
-        let held = match self.load(held) {
+        let mut held = match self.load(held) {
             Ok(held) => held,
             Err(error) => return (None, Err(error)),
         };
-        let taken = self.take(&held);
+        let taken = self.take(&mut held);
         (Some(held), taken)
     }
 
@@ -263,10 +266,10 @@ impl Taking {
             membership.stand(epoch, Readiness::Loading(100 * done / of.max(1)));
         }));
         let options = LoadOptions { dtype, share, progress: Some(progress), ..self.config.load.clone() };
-        Ok(Held { model: load_share(&dir, &options)?, dir, dtype, share })
+        Ok(Held { model: load_share(&dir, &options)?, dir, dtype, share, profile: None })
     }
 
-    fn take(self, held: &Held) -> Result<Taken, WorkerError> {
+    fn take(self, held: &mut Held) -> Result<Taken, WorkerError> {
         let Self { config, listener, epoch, seat, stop, .. } = self;
         let Share { rank, ranks } = held.share;
         let mut comm = match ranks {
@@ -285,9 +288,14 @@ impl Taking {
             return Ok(Taken::Follows { thread: thread.map_err(no_thread)?, ended, abort });
         }
         let tokenizer = TokenizerFiles::read(&held.dir)?;
-        let engine = engine(&held.model, limits(&config, &held.model), comm)?;
+        let mut engine = engine(&held.model, limits(&config, &held.model), comm)?;
+        if let (Some(kept), None) = (&config.profile_dir, &held.profile) {
+            let profile = if ranks == 1 { profile::obtain(&mut engine, kept) } else { profile::measured(&mut engine) };
+            held.profile = Some(profile.map_err(WorkerError::Group)?);
+        }
         let assigned = Some((seat.model, epoch));
-        let (serving, _, thread) = start(&config, &held.dir, assigned, tokenizer, &held.model, engine)?;
+        let profile = held.profile.as_ref();
+        let (serving, _, thread) = start(&config, &held.dir, assigned, tokenizer, &held.model, engine, profile)?;
         Ok(Taken::Leads { serving: Arc::new(serving), thread, abort })
     }
 }

@@ -1,47 +1,59 @@
-//! Step times of the model on this device: measured when a worker first loads it, kept on disk for the next start.
-//! What cannot be read is measured again, what cannot be written is warned of: neither keeps a worker from serving.
+//! Step times of the model on this device, or on those of its group: measured when a worker first loads it, and kept on disk
+//! for the next start where all ranks are of this process. What cannot be read is measured again, what cannot be written is
+//! warned of: neither keeps a worker from serving.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use unmask_engine::Model;
+use unmask_engine::Engine;
+use unmask_engine::group::CommError;
 use unmask_engine::profile::{Grid, Profile, device, measure};
 
 /// Profiles kept in a folder; the oldest make place (about 2 KiB each).
 const FILES_MAX: usize = 64;
 
-/// The model's profile: from `dir` where it is there, else measured now and kept there.
-pub(crate) fn obtain(model: &Model, dir: &Path) -> Profile {
-    let device = device();
-    let path = dir.join(file_name(model.numerics_id(), &device, model.threads()));
+/// The profile of an engine without requests: from `dir` where it is there, else measured now and kept there.
+pub(crate) fn obtain(engine: &mut Engine, dir: &Path) -> Result<Profile, CommError> {
+    let (device, model, ranks) = (device(), engine.model(), engine.ranks());
+    let path = dir.join(file_name(model.numerics_id(), &device, model.threads(), ranks));
     if let Some(profile) = read(&path).filter(|profile| {
-        profile.numerics_id == model.numerics_id() && profile.device == device && profile.threads == model.threads()
+        (profile.numerics_id.as_str(), &profile.device) == (model.numerics_id(), &device)
+            && (profile.threads, profile.ranks) == (model.threads(), ranks)
     }) {
         tracing::info!(path = %path.display(), "step times are known");
-        return profile;
+        return Ok(profile);
     }
+    let profile = measured(engine)?;
+    if let Err(error) = write(dir, &path, &profile) {
+        tracing::warn!(path = %path.display(), %error, "step times cannot be kept and will be measured again");
+    }
+    Ok(profile)
+}
+
+/// Measures an engine without requests.
+pub(crate) fn measured(engine: &mut Engine) -> Result<Profile, CommError> {
     let start = Instant::now();
-    let grid = Grid::short(model.config().context_length);
-    let profile = measure(model, &grid, &mut || start.elapsed(), &mut |_, _| {});
+    let grid = Grid::short(engine.model().config().context_length);
+    let profile = measure(engine, &grid, &mut || start.elapsed(), &mut |_, _| {})?;
     tracing::info!(
-        device,
+        device = profile.device,
         isa = profile.isa,
         threads = profile.threads,
+        ranks = profile.ranks,
         took_ms = start.elapsed().as_millis(),
         one_row_ms = profile.step_ms(1.0, 0.0),
         rows_64_ms = profile.step_ms(64.0, 0.0),
         "measured step times"
     );
-    if let Err(error) = write(dir, &path, &profile) {
-        tracing::warn!(path = %path.display(), %error, "step times cannot be kept and will be measured again");
-    }
-    profile
+    Ok(profile)
 }
 
-/// One file per model, device and number of threads.
-fn file_name(numerics_id: &str, device: &str, threads: usize) -> String {
+/// One file per model, device, number of threads and of ranks.
+fn file_name(numerics_id: &str, device: &str, threads: usize, ranks: usize) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
-    format!("{numerics_id}-{}-{threads}.json", device.chars().map(plain).collect::<String>())
+    let device = device.chars().map(plain).collect::<String>();
+    let ranks = if ranks == 1 { String::new() } else { format!("x{ranks}") };
+    format!("{numerics_id}-{device}-{threads}{ranks}.json")
 }
 
 /// A file that is absent, damaged or of another format is as good as none.
@@ -79,11 +91,13 @@ fn make_place(dir: &Path) -> io::Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
-    use unmask_engine::LoadOptions;
+    use std::sync::Arc;
+    use unmask_engine::{Limits, LoadOptions, Model};
 
-    fn model() -> Model {
+    fn engine() -> Engine {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/sdar");
-        Model::load(&dir, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap()
+        let model = Model::load(&dir, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
+        Engine::new(Arc::new(model), Limits { pages: 200, ..Limits::default() })
     }
 
     fn only_file(dir: &Path) -> PathBuf {
@@ -94,19 +108,19 @@ mod tests {
 
     #[test]
     fn a_profile_is_measured_once_and_again_when_its_file_is_damaged() {
-        let (model, dir) = (model(), tempfile::tempdir().unwrap());
+        let (mut engine, dir) = (engine(), tempfile::tempdir().unwrap());
         let dir = dir.path().join("made/as/needed");
-        let measured = obtain(&model, &dir);
+        let measured = obtain(&mut engine, &dir).unwrap();
         let path = only_file(&dir);
         assert_eq!(Profile::parse(&std::fs::read_to_string(&path).unwrap()).unwrap(), measured);
         // A time that no measurement gives shows where the second comes from.
         let mut json = serde_json::to_value(&measured).unwrap();
         json["points"][0]["ms"] = 1e9.into();
         std::fs::write(&path, json.to_string()).unwrap();
-        assert_eq!(obtain(&model, &dir).points()[0].ms, 1e9);
-        for damage in ["{".to_owned(), json.to_string().replace(model.numerics_id(), "another")] {
+        assert_eq!(obtain(&mut engine, &dir).unwrap().points()[0].ms, 1e9);
+        for damage in ["{".to_owned(), json.to_string().replace(engine.model().numerics_id(), "another")] {
             std::fs::write(&path, damage).unwrap();
-            assert!(obtain(&model, &dir).points()[0].ms < 1e9);
+            assert!(obtain(&mut engine, &dir).unwrap().points()[0].ms < 1e9);
             assert_eq!(only_file(&dir), path);
         }
     }
@@ -116,7 +130,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
-        assert_eq!(obtain(&model(), &file.join("folder")).threads, 1);
+        assert_eq!(obtain(&mut engine(), &file.join("folder")).unwrap().threads, 1);
     }
 
     #[test]
@@ -134,6 +148,7 @@ mod tests {
 
     #[test]
     fn names_of_devices_are_names_of_files() {
-        assert_eq!(file_name("ab", "Some(R) CPU/2.0", 4), "ab-some-r--cpu-2-0-4.json");
+        assert_eq!(file_name("ab", "Some(R) CPU/2.0", 4, 1), "ab-some-r--cpu-2-0-4.json");
+        assert_eq!(file_name("ab", "Some(R) CPU/2.0", 4, 2), "ab-some-r--cpu-2-0-4x2.json");
     }
 }

@@ -18,11 +18,12 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 use throughput::Throughput;
 use unmask_controller::policy::{Profile, Quality};
-use unmask_engine::Model;
 use unmask_engine::profile::{Grid, measure};
+use unmask_engine::{Engine, Model};
 
 /// `unmask profile`
 #[derive(Debug, Args)]
@@ -53,7 +54,7 @@ pub fn run(args: &ProfileArgs) -> anyhow::Result<ExitCode> {
     // What cannot be read must not be found out after minutes of measuring.
     let quality = read_quality(&dir, args.quality.as_deref())?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("--out: cannot create {}", args.out.display()))?;
-    let model = Model::load(&dir, &args.model.overrides.load_options(args.model.dtype, args.model.threads))?;
+    let model = Arc::new(Model::load(&dir, &args.model.overrides.load_options(args.model.dtype, args.model.threads))?);
     let length = model.config().context_length;
     let grid = if args.short { Grid::short(length) } else { Grid::full(length) };
     let measured = measured(&model, &grid)?;
@@ -82,13 +83,14 @@ fn read_quality(dir: &Path, given: Option<&Path>) -> anyhow::Result<Option<Quali
     Ok(Some(Quality::parse(&text).with_context(|| path.display().to_string())?))
 }
 
-fn measured(model: &Model, grid: &Grid) -> anyhow::Result<unmask_engine::profile::Profile> {
+fn measured(model: &Arc<Model>, grid: &Grid) -> anyhow::Result<unmask_engine::profile::Profile> {
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("steps {wide_bar} {pos}/{len} {eta}")?);
     let start = Instant::now();
-    let profile = measure(model, grid, &mut || start.elapsed(), &mut |done, of| {
+    let mut engine = Engine::new(Arc::clone(model), grid.limits());
+    let profile = measure(&mut engine, grid, &mut || start.elapsed(), &mut |done, of| {
         bar.set_length(of as u64);
         bar.set_position(done as u64);
-    });
+    })?;
     bar.finish_and_clear();
     Ok(profile)
 }

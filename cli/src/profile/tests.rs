@@ -17,7 +17,7 @@ fn measured() -> Measured {
         now += Duration::from_millis(step);
         now
     };
-    measure(&model, &grid, &mut clock, &mut |_, _| {})
+    measure(&mut Engine::new(model.into(), grid.limits()), &grid, &mut clock, &mut |_, _| {}).unwrap()
 }
 
 fn quality() -> Quality {
@@ -43,7 +43,8 @@ fn the_controller_reads_what_the_engine_writes() {
         (&read.model, &read.numerics_id, &read.device, &read.isa),
         (&measured.model, &measured.numerics_id, &measured.device, &measured.isa)
     );
-    assert_eq!((read.threads, &read.dtype, &read.kv_type), (measured.threads, &measured.dtype, &measured.kv_type));
+    assert_eq!((read.threads, read.ranks), (measured.threads, measured.ranks));
+    assert_eq!((&read.dtype, &read.kv_type), (&measured.dtype, &measured.kv_type));
     assert_eq!(read.points().len(), measured.points().len());
     for rows in 0..100 {
         for context in [0.0, 17.5, 64.0, 300.0] {

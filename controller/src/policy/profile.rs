@@ -21,13 +21,20 @@ pub struct Profile {
     pub device: String,
     /// Instruction set.
     pub isa: String,
-    /// Threads of the forward pass.
+    /// Threads of the forward pass, of each rank.
     pub threads: usize,
+    /// Ranks that share the model.
+    #[serde(default = "one")]
+    pub ranks: usize,
     /// Type of the weights.
     pub dtype: String,
     /// Type of cached keys and values.
     pub kv_type: String,
     points: Vec<Point>,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// One measured shape of step.

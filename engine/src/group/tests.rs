@@ -3,6 +3,7 @@
 use super::*;
 use crate::model::{DecodeDefaults, Family, LoadOptions, ModelConfig, Reach, Share};
 use crate::policy::{Comparison, Policy};
+use crate::profile::{Grid, measure};
 use crate::{Engine, Event, Limits, Request, RequestId, Sampling, Settings};
 use std::net::TcpListener;
 use std::sync::atomic::AtomicBool;
@@ -118,6 +119,11 @@ fn led(group: Vec<Comm>, dtype: WeightType, isa: Isa, tied: bool) -> Vec<Event> 
         let share = Share { rank: 0, ranks };
         let mut engine = Engine::leading(model(dtype, isa, tied, share), LIMITS, leader, pace()).unwrap();
         engine.probe(3);
+        // What it leaves in the caches belongs to nobody.
+        let grid = Grid { rows: vec![1, 20], contexts: vec![0, 40], repeats: 1, limit: Duration::MAX };
+        let start = Instant::now();
+        let profile = measure(&mut engine, &grid, &mut || start.elapsed(), &mut |_, _| {}).unwrap();
+        assert_eq!((profile.ranks, profile.points().len()), (ranks, 4));
         let events = run(&mut engine);
         drop(engine);
         followers.into_iter().for_each(|follower| follower.join().unwrap().unwrap());

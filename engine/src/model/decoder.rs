@@ -237,6 +237,11 @@ impl Model {
         KvCache::new(self.config.layers as usize, &self.heads, pages, self.kv_type)
     }
 
+    /// Type of cached keys and values.
+    pub fn kv_type(&self) -> KvType {
+        self.kv_type
+    }
+
     /// Bytes of one page of the cache over all layers.
     pub fn page_bytes(&self) -> usize {
         KvCache::page_bytes(self.config.layers as usize, &self.heads, self.kv_type)

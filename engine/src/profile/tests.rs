@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::model::LoadOptions;
+use crate::model::{LoadOptions, Model};
 use proptest::prelude::*;
 use std::path::Path;
+use std::sync::Arc;
 
 fn profile(points: &[(u32, u32, f64)]) -> Profile {
     let points: Vec<Point> =
@@ -17,6 +18,7 @@ fn profile(points: &[(u32, u32, f64)]) -> Profile {
         device: text("d"),
         isa: text("portable"),
         threads: 1,
+        ranks: 1,
         dtype: text("f32"),
         kv_type: text("f32"),
         points,
@@ -70,7 +72,7 @@ fn all_problems_come_at_once() {
 #[test]
 fn a_measurement_times_every_shape_and_survives_a_round_trip() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/qwen3");
-    let model = Model::load(&dir, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
+    let model = Arc::new(Model::load(&dir, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap());
     let length = model.config().context_length;
     let grid = Grid { rows: vec![1, 20], contexts: vec![0, 40, length], repeats: 3, limit: Duration::MAX };
     // A clock that advances 2 ms whenever it is read: every step takes exactly that.
@@ -80,7 +82,8 @@ fn a_measurement_times_every_shape_and_survives_a_round_trip() {
         now
     };
     let mut seen = Vec::new();
-    let profile = measure(&model, &grid, &mut clock, &mut |done, of| seen.push((done, of)));
+    let mut engine = Engine::new(Arc::clone(&model), grid.limits());
+    let profile = measure(&mut engine, &grid, &mut clock, &mut |done, of| seen.push((done, of))).unwrap();
     let shapes: Vec<_> = profile.points().iter().map(|point| (point.context, point.rows)).collect();
     assert_eq!(shapes, [(0, 1), (0, 20), (40, 1), (40, 20), (length, 1), (length, 20)]);
     assert!(profile.points().iter().all(|point| (point.ms - 2.0).abs() < 1e-9 && point.spread == 0.0));
@@ -93,7 +96,7 @@ fn a_measurement_times_every_shape_and_survives_a_round_trip() {
 #[test]
 fn after_the_limit_nothing_is_timed_again() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/qwen3");
-    let model = Model::load(&dir, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
+    let model = Arc::new(Model::load(&dir, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap());
     let grid = Grid { rows: vec![1], contexts: vec![0], repeats: 9, limit: Duration::from_secs(8) };
     let mut now = Duration::ZERO;
     let mut clock = || {
@@ -101,7 +104,25 @@ fn after_the_limit_nothing_is_timed_again() {
         now
     };
     let mut steps = 0;
-    measure(&model, &grid, &mut clock, &mut |_, _| steps += 1);
+    let mut engine = Engine::new(model, grid.limits());
+    measure(&mut engine, &grid, &mut clock, &mut |_, _| steps += 1).unwrap();
     // The clock reads 1 at the start; a timed step takes two readings before it, two for itself and one for the limit.
     assert_eq!(steps, 2);
+}
+
+#[test]
+fn an_engine_with_little_room_measures_what_fits() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/qwen3");
+    let model = Arc::new(Model::load(&dir, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap());
+    let grid = Grid { rows: vec![1, 20, 40], contexts: vec![0, 40], repeats: 1, limit: Duration::MAX };
+    let shapes = |rows_max, pages| {
+        let mut engine = Engine::new(Arc::clone(&model), Limits { rows_max, pages, ..grid.limits() });
+        let start = std::time::Instant::now();
+        let profile = measure(&mut engine, &grid, &mut || start.elapsed(), &mut |_, _| {}).unwrap();
+        profile.points().iter().map(|point| (point.context, point.rows)).collect::<Vec<_>>()
+    };
+    assert_eq!(shapes(39, 100), [(0, 1), (0, 20), (40, 1), (40, 20)]);
+    // With the two pages of probes: two sequences, and one page of context.
+    assert_eq!(shapes(40, 3), [(0, 1), (0, 20), (40, 1), (40, 20)]);
+    assert_eq!(shapes(1, 1), [(0, 1)]);
 }

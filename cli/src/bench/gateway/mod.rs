@@ -137,7 +137,7 @@ async fn bench(args: &GatewayBenchArgs) -> anyhow::Result<Report> {
 fn table(args: &GatewayBenchArgs) -> anyhow::Result<Table> {
     let Some(path) = &args.profile else { return Table::built_in() };
     let text = std::fs::read_to_string(path).with_context(|| format!("--profile: cannot read {}", path.display()))?;
-    Ok(Table::Times(Profile::parse(&text).with_context(|| path.display().to_string())?))
+    Ok(Table::Times(Profile::parse(&text).map(Box::new).with_context(|| path.display().to_string())?))
 }
 
 struct Bench<'a> {

@@ -35,7 +35,7 @@ const TABLE: &str = r#"{"format":"profile/1","model":"table","numerics_id":"","d
 /// What a step takes.
 pub enum Table {
     /// By rows.
-    Times(Profile),
+    Times(Box<Profile>),
     /// Nothing: the worker commits as fast as it can.
     Zero,
 }
@@ -46,7 +46,7 @@ impl Table {
     /// # Errors
     /// None: it parses.
     pub fn built_in() -> anyhow::Result<Self> {
-        Ok(Table::Times(Profile::parse(TABLE).context("the built-in table")?))
+        Ok(Table::Times(Profile::parse(TABLE).map(Box::new).context("the built-in table")?))
     }
 
     fn step(&self, requests: usize) -> Duration {
