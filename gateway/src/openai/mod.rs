@@ -5,7 +5,7 @@
 //! - `request`, `fields`: a body to a [`GenerateRequest`](unmask_proto::v1::GenerateRequest), or everything wrong with it
 //! - `answer`: events to answers, whole or in chunks
 //! - `failure`: statuses to HTTP errors
-//! - `sockets`: connections as axum takes them
+//! - `sockets`: how many connections, and how long they may say nothing
 
 mod answer;
 mod failure;
@@ -16,12 +16,10 @@ mod sockets;
 
 use crate::service::Service;
 use crate::stack::{HEALTH_PATH, Layers};
+use axum::Router;
 use axum::error_handling::HandleError;
-use axum::extract::Request;
 use axum::routing::{get, post};
-use axum::{Router, ServiceExt};
 use failure::Failure;
-use sockets::Sockets;
 use std::io;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -53,7 +51,5 @@ pub(crate) async fn serve(
         Failure::from(status)
     };
     let refusing = HandleError::new(layers.layer(router), refused);
-    axum::serve(Sockets(incoming), ServiceExt::<Request>::into_make_service(refusing))
-        .with_graceful_shutdown(close.cancelled_owned())
-        .await
+    sockets::serve(incoming, refusing, close).await
 }

@@ -1,29 +1,134 @@
-//! Connections as axum takes them.
+//! HTTP/1.1 connections: how many, and how long they may say nothing.
 
-use axum::serve::Listener;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use hyper::body::Incoming as HyperBody;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use std::convert::Infallible;
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
 use tokio_stream::StreamExt as _;
-use unmask_proto::network::{Connection, Incoming};
+use tokio_util::sync::CancellationToken;
+use tower::{Service, ServiceExt as _};
+use unmask_proto::network::Incoming;
 
-/// Where the interface accepts connections.
-pub(super) struct Sockets(pub Incoming);
+/// Open connections; others wait to be accepted.
+const CONNECTIONS_MAX: usize = 4096;
+/// Longest wait for all of a request's headers, also of the next request on a connection.
+const HEADERS_LIMIT: Duration = Duration::from_secs(30);
 
-impl Listener for Sockets {
-    type Io = Connection;
-    /// Nobody asks who the other side is.
-    type Addr = ();
+/// Answers what comes in by `service` until `close`; then connections end with what they are answering.
+///
+/// # Errors
+/// Nothing can be accepted any more.
+pub(super) async fn serve<S>(mut incoming: Incoming, service: S, close: CancellationToken) -> io::Result<()>
+where
+    S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    let (places, graceful) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), GracefulShutdown::new());
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(HEADERS_LIMIT);
+    let accepting = async {
+        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+            let connection = match incoming.next().await {
+                Some(Ok(connection)) => connection,
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "accepting a connection");
+                    continue;
+                }
+                None => return,
+            };
+            let service = service.clone().map_request(|request: hyper::Request<HyperBody>| request.map(Body::new));
+            let served = server.serve_connection(TokioIo::new(connection), TowerToHyperService::new(service));
+            let served = graceful.watch(served);
+            tokio::spawn(async move {
+                if let Err(error) = served.await {
+                    tracing::debug!(%error, "a connection broke off");
+                }
+                drop(place);
+            });
+        }
+    };
+    tokio::select! {
+        () = close.cancelled() => {}
+        () = accepting => return Err(io::Error::other("the listener has ended")),
+    }
+    graceful.shutdown().await;
+    Ok(())
+}
 
-    async fn accept(&mut self) -> (Connection, ()) {
-        loop {
-            match self.0.next().await {
-                Some(Ok(connection)) => return (connection, ()),
-                Some(Err(error)) => tracing::warn!(%error, "accepting a connection"),
-                None => std::future::pending().await,
-            }
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::net::{Ipv4Addr, SocketAddr};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+    use tokio::sync::mpsc;
+    use tokio::time::{Instant, timeout};
+    use tokio_stream::wrappers::ReceiverStream;
+    use unmask_proto::network::Connection;
+
+    struct Served {
+        connections: mpsc::Sender<io::Result<Connection>>,
+        close: CancellationToken,
+        ended: tokio::task::JoinHandle<io::Result<()>>,
+    }
+
+    fn served() -> Served {
+        let (connections, opened) = mpsc::channel(1);
+        let (close, address) = (CancellationToken::new(), SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
+        let service = tower::service_fn(async |_: Request| Ok(Response::new(Body::from("well"))));
+        let ended = tokio::spawn(serve(Incoming::new(address, ReceiverStream::new(opened)), service, close.clone()));
+        Served { connections, close, ended }
+    }
+
+    impl Served {
+        async fn connect(&self) -> DuplexStream {
+            let (ours, theirs) = duplex(1 << 16);
+            self.connections.send(Ok(Connection::new(theirs))).await.unwrap();
+            ours
         }
     }
 
-    fn local_addr(&self) -> io::Result<()> {
-        Ok(())
+    async fn rest(mut connection: DuplexStream) -> String {
+        let mut text = String::new();
+        connection.read_to_string(&mut text).await.unwrap();
+        text
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_says_nothing_or_half_a_request_is_hung_up_on() {
+        let served = served();
+        for (said, answered) in [("", 0), ("GET / HTTP/1.1\r\nHost:", 0), ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 1)] {
+            let (mut connection, began) = (served.connect().await, Instant::now());
+            connection.write_all(said.as_bytes()).await.unwrap();
+            let heard = rest(connection).await;
+            assert_eq!(heard.matches("HTTP/1.1 200 OK").count(), answered, "{said:?}: {heard}");
+            assert_eq!(began.elapsed().as_secs(), HEADERS_LIMIT.as_secs(), "{said:?}");
+        }
+        served.close.cancel();
+        served.ended.await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn more_connections_than_places_wait_for_one() {
+        let served = served();
+        let mut open = Vec::new();
+        for _ in 0..CONNECTIONS_MAX {
+            open.push(served.connect().await);
+        }
+        let mut late = served.connect().await;
+        late.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.unwrap();
+        let soon = timeout(HEADERS_LIMIT / 2, late.read_u8()).await;
+        assert!(soon.is_err(), "there is no place");
+        drop(open.pop());
+        assert!(rest(late).await.contains("HTTP/1.1 200 OK"));
     }
 }
