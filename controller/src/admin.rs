@@ -5,7 +5,7 @@ mod desired;
 pub(crate) use desired::read as read_desired;
 
 use crate::core::settings::{Intent, ModelSettings, Setting, Settings};
-use crate::core::{Event, Readiness, State};
+use crate::core::{Event, MODELS_MAX, Readiness, State};
 use std::time::Duration;
 use tonic::{Code, Status};
 use unmask_proto::rich::{self, Violation};
@@ -142,9 +142,15 @@ pub(crate) fn read_intent(intent: Option<PolicyIntent>, require: &mut impl FnMut
 /// Whether what is asked for can be done at present.
 ///
 /// # Errors
-/// NOT_FOUND for a worker or model that nobody has; INVALID_ARGUMENT for what a model was not trained for.
+/// NOT_FOUND for a worker or model that nobody has; INVALID_ARGUMENT for what a model was not trained for;
+/// RESOURCE_EXHAUSTED for one more model than there may be.
 pub(crate) fn check(state: &State, event: &Event) -> Result<(), Status> {
     match event {
+        Event::Apply(model, desired) if desired.replicas > 0 => {
+            let wanted = &state.pool().desired;
+            room("models are wanted", wanted.len(), wanted.contains_key(model))?;
+            if desired.policy.is_some() { room_for_policy(state, model) } else { Ok(()) }
+        }
         Event::Drain(worker_id) if state.members().get(worker_id).is_none_or(|member| member.stream.is_none()) => {
             let known: Vec<_> = state.members().keys().map(String::as_str).collect();
             let message = format!("no worker `{worker_id}` is connected; known: {}", known.join(", "));
@@ -161,6 +167,7 @@ pub(crate) fn check(state: &State, event: &Event) -> Result<(), Status> {
                 let message = format!("no worker has a model `{model}`; known: {}", known.join(", "));
                 return Err(rich::status(Code::NotFound, "UNKNOWN_MODEL", message));
             };
+            room_for_policy(state, model)?;
             let Intent::Fixed(Setting { block_size, threshold, self_speculative }) = intent else { return Ok(()) };
             let can = found.capabilities.unwrap_or_default();
             let problem = match threshold {
@@ -179,11 +186,27 @@ pub(crate) fn check(state: &State, event: &Event) -> Result<(), Status> {
     }
 }
 
+fn room_for_policy(state: &State, model: &str) -> Result<(), Status> {
+    let settings = state.settings();
+    room("models have a policy", settings.len(), settings.contains_key(model))
+}
+
+fn room(what: &str, count: usize, known: bool) -> Result<(), Status> {
+    if known || count < MODELS_MAX {
+        return Ok(());
+    }
+    let message = format!("{count} {what} already, the most there may be");
+    Err(rich::status(Code::ResourceExhausted, "TOO_MANY_MODELS", message))
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::core::decide;
+    use crate::core::groups::{Desired, Source};
+    use std::collections::BTreeMap;
 
     fn request(kind: Kind) -> SetPolicyRequest {
         SetPolicyRequest { model: "m".into(), intent: Some(PolicyIntent { kind: Some(kind) }) }
@@ -213,5 +236,27 @@ mod tests {
         }
         let empty = read(SetPolicyRequest::default()).unwrap_err();
         assert!(empty.message().contains("model") && empty.message().contains("intent"));
+    }
+
+    #[test]
+    fn one_model_more_than_there_may_be_is_refused() {
+        let mut state = State::new(Duration::from_secs(5), 0, BTreeMap::new(), Settings::new());
+        let desired = |replicas| {
+            let (source, policy) = (Source { path: "/m".into(), dtype: "bf16".into() }, Some(Intent::ModelDefaults));
+            Desired { source, replicas, tensor_parallel: 1, spares: 0, memory_bytes: 0, policy }
+        };
+        let apply = |model: usize, replicas| Event::Apply(model.to_string(), desired(replicas));
+        for model in 0..MODELS_MAX {
+            check(&state, &apply(model, 1)).unwrap();
+            decide(&mut state, apply(model, 1), Duration::ZERO);
+        }
+        let refused = check(&state, &apply(MODELS_MAX, 1)).unwrap_err();
+        assert_eq!((refused.code(), state.settings().len()), (Code::ResourceExhausted, MODELS_MAX));
+        check(&state, &apply(7, 2)).unwrap();
+        decide(&mut state, apply(7, 0), Duration::ZERO);
+        // There is room for what is wanted, but not for its policy: those are kept.
+        let refused = check(&state, &apply(MODELS_MAX, 1)).unwrap_err();
+        assert!(refused.message().contains("have a policy"), "{}", refused.message());
+        check(&state, &Event::Apply("another".into(), Desired { policy: None, ..desired(1) })).unwrap();
     }
 }
