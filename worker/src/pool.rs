@@ -109,7 +109,7 @@ impl Pooled {
                 taken
             });
             match taken {
-                Ok(_) if stop.load(Ordering::Acquire) => {}
+                Ok(taken) if stop.load(Ordering::Acquire) => taken.give_up().await,
                 Ok(Taken::Leads { serving, thread, abort }) => {
                     let order = (epoch, &taken_seat);
                     let hangs = self.lead(order, serving, thread, abort, changed(&mut orders)).await;
@@ -228,6 +228,21 @@ impl Pooled {
 enum Taken {
     Leads { serving: Arc<Serving>, thread: JoinHandle<()>, abort: AbortHandle },
     Follows { thread: JoinHandle<()>, ended: oneshot::Receiver<String>, abort: AbortHandle },
+}
+
+impl Taken {
+    /// Ends what was just taken: something else is wanted by now.
+    async fn give_up(self) {
+        let (name, thread, abort) = match self {
+            Taken::Leads { serving, thread, abort } => {
+                serving.runner.stop();
+                ("engine", thread, abort)
+            }
+            Taken::Follows { thread, abort, .. } => ("rank", thread, abort),
+        };
+        abort.abort();
+        join_threads(vec![(name, thread)]).await;
+    }
 }
 
 /// Everything that takes long, for a thread that may block.
