@@ -11,9 +11,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
-use tonic_types::StatusExt as _;
+use tonic_types::{FieldViolation, StatusExt as _};
 use unmask_proto::network::Network;
-use unmask_proto::rich;
+use unmask_proto::rich::{self, Violation};
 use unmask_proto::v1::worker_service_client::WorkerServiceClient;
 use unmask_proto::v1::{FetchTokenizerRequest, FetchTokenizerResponse, RunRequest, RunResponse};
 
@@ -117,9 +117,23 @@ pub(crate) fn judge(status: &Status) -> Verdict {
     }
 }
 
-/// An error as a client gets it: without what belongs to the inner connection.
+/// An error as a client gets it: without what belongs to the inner connection, fields by the names of its own request.
 pub(crate) fn forward(status: &Status) -> Status {
+    if let Some(bad) = status.get_details_bad_request().filter(|_| status.code() == Code::InvalidArgument) {
+        let asked = |found: FieldViolation| Violation::new(asked_by(&found.field), found.description);
+        return rich::invalid(&bad.field_violations.into_iter().map(asked).collect::<Vec<_>>());
+    }
     Status::with_details(status.code(), status.message(), status.details().to_vec().into())
+}
+
+/// The field of `GenerateRequest` that a field of `RunRequest` was made from.
+fn asked_by(field: &str) -> String {
+    match field {
+        "prompt_ids" => "input".into(),
+        "suffix_ids" => "suffix".into(),
+        "committed_ids" => "resume.received_token_ids".into(),
+        _ => field.strip_prefix("settings.").map_or(field.into(), |rest| format!("decoding.{rest}")),
+    }
 }
 
 /// An error and its causes in one line.
@@ -155,6 +169,7 @@ impl Upstream {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -167,5 +182,21 @@ mod tests {
         assert_eq!(judge(&rich::status(Code::ResourceExhausted, "QUEUE_FULL", "")), Verdict::Busy);
         assert_eq!(judge(&Status::invalid_argument("")), Verdict::Final);
         assert_eq!(judge(&Status::deadline_exceeded("")), Verdict::Final);
+    }
+
+    #[test]
+    fn clients_hear_of_the_fields_that_they_sent() {
+        let fields = ["settings.max_tokens", "prompt_ids", "suffix_ids", "committed_ids", "opening"];
+        let status = forward(&rich::invalid(&fields.map(|field| Violation::new(field, "is wrong"))));
+        let asked = "decoding.max_tokens: is wrong; input: is wrong; suffix: is wrong; resume.received_token_ids: is \
+                     wrong; opening: is wrong";
+        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, asked));
+        let bad = status.get_details_bad_request().unwrap();
+        assert_eq!(bad.field_violations[0].field, "decoding.max_tokens");
+        let status = forward(&rich::status(Code::NotFound, "UNKNOWN_MODEL", "no model"));
+        assert_eq!(
+            (status.message(), status.get_details_error_info().unwrap().reason.as_str()),
+            ("no model", "UNKNOWN_MODEL")
+        );
     }
 }

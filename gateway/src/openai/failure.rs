@@ -9,10 +9,9 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 /// Names of OpenAI's for fields of gRPC's request; what is not here has the same.
-const NAMES: [(&str, &str); 13] = [
+const NAMES: [(&str, &str); 12] = [
     ("text", "prompt"),
-    ("prompt_ids", "prompt"),
-    ("suffix_ids", "suffix"),
+    ("input", "prompt"),
     ("token_ids.ids", "prompt"),
     ("token_ids", "prompt"),
     ("chat", "messages"),
@@ -114,10 +113,8 @@ fn http(code: Code) -> StatusCode {
     }
 }
 
-/// A field of gRPC's request, or of what a worker was sent of it, as OpenAI calls it.
+/// A field of gRPC's request as OpenAI calls it.
 fn name(field: &str, max_tokens_key: &str) -> String {
-    let sent = field.strip_prefix("settings.").map(|rest| format!("decoding.{rest}"));
-    let field = sent.as_deref().unwrap_or(field);
     if field == "decoding.max_tokens" {
         return max_tokens_key.to_owned();
     }
@@ -152,9 +149,8 @@ mod tests {
             ("priority", "unmask.priority"),
             ("model", "model"),
             ("suffix", "suffix"),
-            ("prompt_ids", "prompt"),
-            ("settings.max_tokens", "max_completion_tokens"),
-            ("settings.block_size", "unmask.block_size"),
+            ("input", "prompt"),
+            ("decoding.block_size", "unmask.block_size"),
         ];
         for (ours, theirs) in cases {
             assert_eq!(name(ours, "max_completion_tokens"), theirs);
