@@ -266,7 +266,7 @@ where
     F: Future<Output = Result<(), E>>,
 {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let listener = TcpListener::bind(listen)
             .await
             .with_context(|| format!("cannot listen on {listen}: choose another with --listen"))?;
@@ -290,5 +290,8 @@ where
             }
         }
         Ok(ExitCode::SUCCESS)
-    })
+    });
+    // What hangs, or loads a model, must not hold up the end.
+    runtime.shutdown_background();
+    ended
 }

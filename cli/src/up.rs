@@ -15,7 +15,10 @@ use unmask_worker::config::default_profile_dir;
 /// A port is in use, another process uses the data folder, the model cannot be loaded, or a service fails.
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(up(args))
+    let ended = runtime.block_on(up(args));
+    // What hangs, or loads a model, must not hold up the end.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn up(args: UpArgs) -> anyhow::Result<ExitCode> {

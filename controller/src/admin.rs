@@ -146,9 +146,9 @@ pub(crate) fn read_intent(intent: Option<PolicyIntent>, require: &mut impl FnMut
 /// RESOURCE_EXHAUSTED for one more model than there may be.
 pub(crate) fn check(state: &State, event: &Event) -> Result<(), Status> {
     match event {
-        Event::Apply(model, desired) if desired.replicas > 0 => {
+        Event::Apply(model, desired) => {
             let wanted = &state.pool().desired;
-            room("models are wanted", wanted.len(), wanted.contains_key(model))?;
+            room("models are wanted", wanted.len(), wanted.contains_key(model) || desired.replicas == 0)?;
             if desired.policy.is_some() { room_for_policy(state, model) } else { Ok(()) }
         }
         Event::Drain(worker_id) if state.members().get(worker_id).is_none_or(|member| member.stream.is_none()) => {
@@ -257,6 +257,7 @@ mod tests {
         // There is room for what is wanted, but not for its policy: those are kept.
         let refused = check(&state, &apply(MODELS_MAX, 1)).unwrap_err();
         assert!(refused.message().contains("have a policy"), "{}", refused.message());
+        assert_eq!(check(&state, &apply(MODELS_MAX, 0)).unwrap_err().code(), Code::ResourceExhausted);
         check(&state, &Event::Apply("another".into(), Desired { policy: None, ..desired(1) })).unwrap();
     }
 }

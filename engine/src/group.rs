@@ -29,17 +29,22 @@ pub struct Pace {
 pub struct StepLimit {
     /// Of any step.
     pub base: Duration,
-    /// More for each row.
+    /// More for each row, and once more for every [`CONTEXT_OF_A_ROW`] positions that rows attend to.
     pub per_row: Duration,
 }
+
+/// Attending to so many positions counts as a row: rows are timed where they attend to few. Generous: it is the
+/// narrowest models for which attention costs most beside the rest of a row, up to half of this.
+const CONTEXT_OF_A_ROW: u64 = 1024;
 
 impl StepLimit {
     /// Of steps of which nothing is known.
     pub const UNMEASURED: StepLimit = StepLimit { base: Duration::from_secs(600), per_row: Duration::ZERO };
 
-    /// Of a step of so many rows.
-    pub fn of(&self, rows: usize) -> Duration {
-        self.base + self.per_row * rows as u32
+    /// Of a step of these rows.
+    pub fn of(&self, rows: &[Row]) -> Duration {
+        let attended: u64 = rows.iter().map(|row| u64::from(row.end)).sum();
+        self.base + self.per_row * (rows.len() as u64 + attended / CONTEXT_OF_A_ROW) as u32
     }
 }
 
@@ -121,7 +126,7 @@ impl Rank {
             self.model.reduce(&self.scratch, &self.bans, pass.draws, records);
             return Ok(());
         };
-        let limit = group.pace.step.of(pass.ids.len());
+        let limit = group.pace.step.of(pass.rows);
         encode_pass(pass, limit, &mut group.message);
         let deadline = group.deadline(limit);
         group.comm.broadcast(&mut group.message, deadline)?;
@@ -163,15 +168,14 @@ impl Rank {
         }
     }
 
-    /// Computes a pass of `rows` rows that belong to nobody: a sign of life of every rank, and a measure of its pace.
-    pub(crate) fn probe(&mut self, rows: usize) -> Result<(), CommError> {
-        let table: Vec<u32> = (0..probe_pages(rows) as u32).map(|page| self.probe_page + page).collect();
-        let positions = 0..rows as u32;
-        let outputs: Vec<u32> = positions.clone().collect();
-        let at: Vec<Row> = positions.map(|position| Row { sequence: 0, position, end: position + 1 }).collect();
-        let (ids, draws) = (vec![0; rows], vec![Draw::default(); rows]);
-        let pass = Pass { ids: &ids, rows: &at, tables: &[&table], outputs: &outputs, draws: &draws, wanted: &[] };
-        self.lead(&pass, &mut vec![Record::default(); rows])
+    /// Computes a pass of rows that belong to nobody, the first positions of one sequence: a sign of life of every rank, and a measure of its pace.
+    pub(crate) fn probe(&mut self, rows: &[Row]) -> Result<(), CommError> {
+        let count = rows.len();
+        let table: Vec<u32> = (0..probe_pages(count) as u32).map(|page| self.probe_page + page).collect();
+        let outputs: Vec<u32> = (0..count as u32).collect();
+        let (ids, draws) = (vec![0; count], vec![Draw::default(); count]);
+        let pass = Pass { ids: &ids, rows, tables: &[&table], outputs: &outputs, draws: &draws, wanted: &[] };
+        self.lead(&pass, &mut vec![Record::default(); count])
     }
 
     pub(crate) fn set_step_limit(&mut self, limit: StepLimit) {
@@ -184,7 +188,7 @@ impl Rank {
     pub(crate) fn stop(&mut self) {
         if let Some(group) = &mut self.group {
             encode(&Message::Stop, &mut group.message);
-            let deadline = group.deadline(group.pace.step.of(0));
+            let deadline = group.deadline(group.pace.step.base);
             // Whoever does not hear it finds the connection closed.
             let _ = group.comm.broadcast(&mut group.message, deadline);
         }
@@ -231,6 +235,11 @@ impl Group {
     fn deadline(&self, limit: Duration) -> Instant {
         (self.pace.now)() + limit
     }
+}
+
+/// Rows of a probe.
+pub(crate) fn probe_rows(count: u32) -> Vec<Row> {
+    (0..count).map(|position| Row { sequence: 0, position, end: position + 1 }).collect()
 }
 
 /// Pages of the cache behind those of requests: room for one sequence of so many rows.

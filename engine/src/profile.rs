@@ -26,6 +26,8 @@ const CONTEXT_SHORT_MAX: u32 = 1024;
 /// Steps of a shape run for this long, and at least one, before the timed one: those of other shapes leave the processor
 /// slower for a short step than steps of its own do.
 const WARMING: Duration = Duration::from_millis(1);
+/// Of every page one slot in so many is written before anything is timed: all of its memory is touched.
+const TOUCHED_ONE_IN: usize = 8;
 /// Pages of a sequence's own: its rows may straddle two.
 const OWN_PAGES: usize = 2;
 
@@ -170,7 +172,7 @@ pub struct Grid {
     pub contexts: Vec<u32>,
     /// Times each shape is timed, at least 1; the shapes take turns, so that a slow moment hits all of them.
     pub repeats: usize,
-    /// After this time only shapes never timed are.
+    /// After this time nothing is timed, but for the first shape.
     pub limit: Duration,
 }
 
@@ -226,14 +228,16 @@ fn contexts(wanted: &[u32]) -> Vec<u32> {
 /// A rank of its group does not answer.
 ///
 /// # Panics
-/// When the grid is empty or asks for more context than the model has, or the engine has requests.
+/// When the grid is empty or asks for more context than the model has, or the engine has or had requests.
 pub fn measure(
     engine: &mut Engine,
     grid: &Grid,
     clock: &mut dyn FnMut() -> Duration,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Profile, CommError> {
-    assert!(!engine.has_work(), "the cache belongs to requests");
+    let load = engine.load();
+    let unused = load.active + load.queued + load.cached_pages == 0;
+    assert!(unused, "the cache belongs to requests, or to prefixes of some");
     let longest = grid.contexts.iter().copied().max().unwrap_or(0);
     assert!(longest <= engine.model().config().context_length, "the model's context ends before {longest} positions");
     let started = clock();
@@ -242,7 +246,7 @@ pub fn measure(
     let mut taken = vec![Vec::with_capacity(grid.repeats); passes.len()];
     'turns: for turn in 0..grid.repeats {
         for (i, pass) in passes.iter().enumerate() {
-            if turn > 0 && clock() - started > grid.limit {
+            if (turn, i) > (0, 0) && clock() - started > grid.limit {
                 break 'turns;
             }
             let warm = clock() + WARMING;
@@ -256,7 +260,8 @@ pub fn measure(
             progress(turn * passes.len() + i + 1, grid.repeats * passes.len());
         }
     }
-    let points = passes.iter().zip(&mut taken).map(|(pass, taken)| pass.point(taken)).collect();
+    let timed = passes.iter().zip(&mut taken).filter(|(_, taken)| !taken.is_empty());
+    let points = timed.map(|(pass, taken)| pass.point(taken)).collect();
     let model = engine.model();
     let mut profile = Profile {
         format: FORMAT.into(),
@@ -354,9 +359,9 @@ impl<'a> Bench<'a> {
         Ok((bench, passes))
     }
 
-    /// Writes every page once: memory never written may be one and the same page of zeros, faster than any real one.
+    /// Writes to every page: memory never written may be one and the same page of zeros, faster than any real one.
     fn fill(&mut self, pages: usize, rows_max: usize) -> Result<(), CommError> {
-        let slots: Vec<usize> = (0..pages * PAGE_SLOTS).collect();
+        let slots: Vec<usize> = (0..pages * PAGE_SLOTS).step_by(TOUCHED_ONE_IN).collect();
         slots.chunks(rows_max.max(1)).try_for_each(|slots| {
             let first = slots[0] / PAGE_SLOTS;
             let pages: Vec<u32> = (first..=slots[slots.len() - 1] / PAGE_SLOTS).map(|page| page as u32).collect();

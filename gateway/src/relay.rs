@@ -5,7 +5,7 @@ use crate::affinity::Prefix;
 use crate::route::{Lease, Route};
 use crate::routes::RETRY_AFTER;
 use crate::stream::Assembler;
-use crate::upstream::{Upstream, Verdict, forward, judge};
+use crate::upstream::{Method, Upstream, Verdict, forward, judge};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,6 +37,7 @@ const TIME_LIMIT_GRACE: Duration = Duration::from_millis(250);
 
 /// What stays the same wherever a request runs.
 pub(crate) struct Job {
+    pub method: Method,
     pub request_id: String,
     pub model: Arc<ModelDescriptor>,
     pub prompt: Vec<u32>,
@@ -191,16 +192,16 @@ impl Relay {
                 route.answered();
             }
             if verdict == Verdict::Final {
-                return Err(forward(&status));
+                return Err(forward(&status, self.job.method));
             }
             self.give_up_group(verdict, &status);
             if self.left().is_zero() || (!self.begun && verdict == Verdict::Busy && opening >= OPENINGS_MAX) {
-                return Err(lost(verdict, &status));
+                return Err(lost(verdict, &status, self.job.method));
             }
             self.spend_retry(&status)?;
             last = Some((verdict, status));
         }
-        Err(lost(Verdict::Broken, &Status::unavailable("too many groups were asked")))
+        Err(lost(Verdict::Broken, &Status::unavailable("too many groups were asked"), self.job.method))
     }
 
     /// Submitting again spends from the gateway's budget. A stream that has begun goes on all the same.
@@ -249,7 +250,7 @@ impl Relay {
         let now = tables.borrow_and_update().pick(Instant::now().into_std(), self.prefix, fresh);
         let left = self.left();
         if let (None, Some((Verdict::Busy, status)), false) = (&now, last, self.begun) {
-            return Err(forward(status));
+            return Err(forward(status, self.job.method));
         }
         if now.is_none() {
             let wait = tables.wait_for(|table| table.routes.iter().any(|route| fresh(route)));
@@ -353,7 +354,7 @@ impl Relay {
             };
             let verdict = judge(&status);
             if verdict == Verdict::Final {
-                return Err(forward(&status));
+                return Err(forward(&status, self.job.method));
             }
             self.give_up_group(verdict, &status);
             if let Some(reason) = self.over() {
@@ -361,7 +362,7 @@ impl Relay {
                 return client.send(Event::Finish(finish)).await;
             }
             if self.attempts >= ATTEMPTS_MAX {
-                return Err(lost(Verdict::Broken, &status));
+                return Err(lost(Verdict::Broken, &status, self.job.method));
             }
             self.spend_retry(&status)?;
             worker = self.open().await?;
@@ -433,9 +434,9 @@ async fn until(deadline: Option<Instant>) {
 }
 
 /// No group took or kept the request.
-fn lost(verdict: Verdict, status: &Status) -> Status {
+fn lost(verdict: Verdict, status: &Status, method: Method) -> Status {
     if verdict == Verdict::Busy {
-        return forward(status);
+        return forward(status, method);
     }
     let message = format!("no group could go on with the request; the last one: {}", status.message());
     rich::retryable(Code::Unavailable, "GROUP_LOST", message, RETRY_AFTER)

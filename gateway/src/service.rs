@@ -13,7 +13,7 @@ use crate::stack::Deadline;
 use crate::stream::Assembler;
 use crate::tenants::Tenant;
 use crate::tokenizers::Tokenizers;
-use crate::upstream::Upstream;
+use crate::upstream::{Method, Upstream};
 use crate::validate::{Resumed, Valid, validate};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -158,6 +158,7 @@ impl Service {
         };
         let assembler = self.blocking(bytes, resume).await?;
         let job = Job {
+            method: if begun { Method::Resume } else { Method::Generate },
             request_id,
             model: Arc::clone(&route.model),
             opening: prompt.opening(),
@@ -199,6 +200,7 @@ impl Service {
         }
         settings.max_tokens = tokens as u32;
         let job = Job {
+            method: Method::Edit,
             request_id: self.dice.name(),
             model: Arc::clone(&route.model),
             prompt: Vec::new(),

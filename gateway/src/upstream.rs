@@ -117,22 +117,41 @@ pub(crate) fn judge(status: &Status) -> Verdict {
     }
 }
 
+/// What a client has asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Method {
+    Generate,
+    /// To go on with a stream that broke off.
+    Resume,
+    Edit,
+}
+
 /// An error as a client gets it: without what belongs to the inner connection, fields by the names of its own request.
-pub(crate) fn forward(status: &Status) -> Status {
+pub(crate) fn forward(status: &Status, method: Method) -> Status {
     if let Some(bad) = status.get_details_bad_request().filter(|_| status.code() == Code::InvalidArgument) {
-        let asked = |found: FieldViolation| Violation::new(asked_by(&found.field), found.description);
-        return rich::invalid(&bad.field_violations.into_iter().map(asked).collect::<Vec<_>>());
+        let named = |found: FieldViolation| Violation::new(method.field(&found.field), found.description);
+        return rich::invalid(&bad.field_violations.into_iter().map(named).collect::<Vec<_>>());
     }
     Status::with_details(status.code(), status.message(), status.details().to_vec().into())
 }
 
-/// The field of `GenerateRequest` that a field of `RunRequest` was made from.
-fn asked_by(field: &str) -> String {
-    match field {
-        "prompt_ids" => "input".into(),
-        "suffix_ids" => "suffix".into(),
-        "committed_ids" => "resume.received_token_ids".into(),
-        _ => field.strip_prefix("settings.").map_or(field.into(), |rest| format!("decoding.{rest}")),
+impl Method {
+    /// The field of the client's request that a field of `RunRequest` was made from.
+    fn field(self, field: &str) -> String {
+        let under = |settings: &str| match field.strip_prefix("settings.") {
+            Some(rest) => format!("{settings}{rest}"),
+            None => field.to_owned(),
+        };
+        match (self, field) {
+            (Method::Edit, "prompt_ids" | "settings.max_tokens") => "spans".into(),
+            (Method::Edit, _) if field.starts_with("settings.draft") => "spans".into(),
+            (Method::Edit, _) => under(""),
+            (_, "prompt_ids") => "input".into(),
+            (_, "suffix_ids") => "suffix".into(),
+            (_, "committed_ids") => "resume.received_token_ids".into(),
+            (Method::Generate, _) => under("decoding."),
+            (Method::Resume, _) => under("resume.settings."),
+        }
     }
 }
 
@@ -186,17 +205,31 @@ mod tests {
 
     #[test]
     fn clients_hear_of_the_fields_that_they_sent() {
-        let fields = ["settings.max_tokens", "prompt_ids", "suffix_ids", "committed_ids", "opening"];
-        let status = forward(&rich::invalid(&fields.map(|field| Violation::new(field, "is wrong"))));
-        let asked = "decoding.max_tokens: is wrong; input: is wrong; suffix: is wrong; resume.received_token_ids: is \
-                     wrong; opening: is wrong";
-        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, asked));
-        let bad = status.get_details_bad_request().unwrap();
-        assert_eq!(bad.field_violations[0].field, "decoding.max_tokens");
-        let status = forward(&rich::status(Code::NotFound, "UNKNOWN_MODEL", "no model"));
-        assert_eq!(
-            (status.message(), status.get_details_error_info().unwrap().reason.as_str()),
-            ("no model", "UNKNOWN_MODEL")
-        );
+        let fields = ["settings.max_tokens", "settings.draft.fixed", "settings.nfe_cap", "prompt_ids", "suffix_ids"];
+        let refused = rich::invalid(&fields.map(|field| Violation::new(field, "is wrong")));
+        let expected = [
+            (Method::Generate, ["decoding.max_tokens", "decoding.draft.fixed", "decoding.nfe_cap", "input", "suffix"]),
+            (
+                Method::Resume,
+                [
+                    "resume.settings.max_tokens",
+                    "resume.settings.draft.fixed",
+                    "resume.settings.nfe_cap",
+                    "input",
+                    "suffix",
+                ],
+            ),
+            (Method::Edit, ["spans", "spans", "nfe_cap", "spans", "suffix_ids"]),
+        ];
+        for (method, names) in expected {
+            let status = forward(&refused, method);
+            assert_eq!(status.code(), Code::InvalidArgument);
+            assert_eq!(status.message(), names.map(|name| format!("{name}: is wrong")).join("; "));
+            let bad = status.get_details_bad_request().unwrap();
+            assert_eq!(bad.field_violations.into_iter().map(|found| found.field).collect::<Vec<_>>(), names);
+        }
+        let status = forward(&rich::status(Code::NotFound, "UNKNOWN_MODEL", "no model"), Method::Generate);
+        assert_eq!(status.get_details_error_info().unwrap().reason, "UNKNOWN_MODEL");
+        assert_eq!(status.message(), "no model");
     }
 }

@@ -71,8 +71,10 @@ const STREAMS_PER_CONNECTION_MAX: u32 = 1024;
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Longest wait at shutdown for connections to close once their streams have ended.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
-/// Longest wait at shutdown for a step to end.
-const STEP_LIMIT: Duration = Duration::from_secs(10);
+/// Longest wait for the end of a thread that nobody watches: a step of a rank, of many rows.
+const STEP_LIMIT: Duration = Duration::from_secs(30);
+/// Between looks whether a thread has ended.
+const JOIN_POLL: Duration = Duration::from_millis(2);
 
 /// Why a worker did not start, or stopped.
 #[derive(Debug, Error)]
@@ -178,11 +180,10 @@ async fn serve_own(
         }
     };
     let served = host.attend(hello, incoming, over).await;
-    if let Some(error) = runner.failure().filter(|_| runner.hangs().is_cancelled()) {
-        return Err(WorkerError::Hangs(error));
+    join_engine(&runner, engine_thread).await.map_err(WorkerError::Hangs)?;
+    for thread in followers {
+        join_thread("rank", thread).await;
     }
-    let followers = followers.into_iter().map(|thread| ("rank", thread));
-    join_threads(std::iter::once(("engine", engine_thread)).chain(followers).collect()).await;
     runner.failure().map_or(served, |error| Err(WorkerError::Group(error)))
 }
 
@@ -242,10 +243,10 @@ impl Host {
         over: impl Future<Output = ()>,
     ) -> Result<(), WorkerError> {
         let end_join = CancellationToken::new();
-        let join_thread = join::start(self.joiner(hello), end_join.clone()).map_err(no_thread)?;
+        let joining = join::start(self.joiner(hello), end_join.clone()).map_err(no_thread)?;
         let served = self.serve(incoming, over).await;
         end_join.cancel();
-        join_threads(vec![("join", join_thread)]).await;
+        join_thread("join", joining).await;
         served
     }
 
@@ -376,9 +377,10 @@ fn load(config: &Config, dir: &Path, ranks: &Ranks) -> Result<Loaded, WorkerErro
     // Before anything is served: requests would make the steps slow, and the steps the requests.
     let profile = match (&config.profile_dir, ranks) {
         (None, _) => None,
-        (Some(_), Ranks::Processes { .. }) => Some(profile::measured(&mut engine).map_err(WorkerError::Group)?),
-        (Some(kept), _) => Some(profile::obtain(&mut engine, kept).map_err(WorkerError::Group)?),
+        (Some(_), Ranks::Processes { .. }) => Some(profile::measured(&mut engine)),
+        (Some(kept), _) => Some(profile::obtain(&mut engine, kept)),
     };
+    let profile = profile.transpose().map_err(WorkerError::Group)?;
     let (serving, described, engine_thread) = start(config, dir, None, tokenizer, &model, engine, profile.as_ref())?;
     let v1::Loaded { model, profile_json, quality_json, .. } = described;
     let hello = Hello { model, profile_json, quality_json, ..Hello::default() };
@@ -448,17 +450,35 @@ fn limits(config: &Config, model: &Model) -> Limits {
     }
 }
 
-/// Waits for the threads to end: they have been told to.
-async fn join_threads(threads: Vec<(&'static str, JoinHandle<()>)>) {
-    let joined = tokio::task::spawn_blocking(move || {
-        for (name, thread) in threads {
+/// Waits for a thread that has been told to end, up to [`STEP_LIMIT`]; whether it did.
+async fn join_thread(name: &'static str, thread: JoinHandle<()>) -> bool {
+    let ended = tokio::time::timeout(STEP_LIMIT, finished(&thread)).await.is_ok();
+    if !ended {
+        tracing::error!(name, "a thread did not end in time");
+    } else if thread.join().is_err() {
+        tracing::error!(name, "a thread panicked");
+    }
+    ended
+}
+
+/// Waits for the thread of an engine that has been told to stop, until its watchdog says that it hangs.
+async fn join_engine(runner: &runner::Handle, thread: JoinHandle<()>) -> Result<(), CommError> {
+    tokio::select! {
+        biased;
+        () = finished(&thread) => {
             if thread.join().is_err() {
-                tracing::error!(name, "a thread panicked");
+                tracing::error!("the engine's thread panicked");
             }
+            Ok(())
         }
-    });
-    if tokio::time::timeout(STEP_LIMIT, joined).await.is_err() {
-        tracing::error!("a thread did not end in time");
+        () = runner.hangs().cancelled() => Err(runner.failure().unwrap_or(CommError::Aborted)),
+    }
+}
+
+/// Nobody waits in `join`: whoever does holds up the end of the process while the thread hangs.
+async fn finished(thread: &JoinHandle<()>) {
+    while !thread.is_finished() {
+        tokio::time::sleep(JOIN_POLL).await;
     }
 }
 

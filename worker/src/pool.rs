@@ -9,7 +9,7 @@ use crate::descriptor::TokenizerFiles;
 use crate::group::{engine, follow_rank, form, listen, load_share};
 use crate::membership::{Membership, Order, Readiness};
 use crate::service::Serving;
-use crate::{Host, WorkerError, join_threads, limits, no_thread, profile, start};
+use crate::{Host, WorkerError, join_engine, join_thread, limits, no_thread, profile, start};
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -108,18 +108,15 @@ impl Pooled {
                 self.held = held;
                 taken
             });
-            match taken {
+            let left = match taken {
                 Ok(taken) if stop.load(Ordering::Acquire) => taken.give_up().await,
                 Ok(Taken::Leads { serving, thread, abort }) => {
                     let order = (epoch, &taken_seat);
-                    let hangs = self.lead(order, serving, thread, abort, changed(&mut orders)).await;
-                    if hangs.is_some() {
-                        return hangs;
-                    }
+                    self.lead(order, serving, thread, abort, changed(&mut orders)).await
                 }
                 Ok(Taken::Follows { thread, ended, abort }) => {
                     let order = (epoch, &taken_seat);
-                    self.follow(order, thread, ended, abort, changed(&mut orders)).await;
+                    self.follow(order, thread, ended, abort, changed(&mut orders)).await
                 }
                 Err(error) => {
                     tracing::warn!(%error, epoch, "no seat in the group");
@@ -127,13 +124,20 @@ impl Pooled {
                     if !stop.load(Ordering::Acquire) {
                         changed(&mut orders).await;
                     }
+                    Ok(())
                 }
+            };
+            if let Err(hangs) = left {
+                return Some(hangs);
             }
         }
         None
     }
 
-    /// Serves until the group is over and another order has come, or the engine hangs.
+    /// Serves until the group is over and another order has come.
+    ///
+    /// # Errors
+    /// The engine hangs.
     async fn lead(
         &self,
         (epoch, seat): (u64, &Seat),
@@ -141,7 +145,7 @@ impl Pooled {
         thread: JoinHandle<()>,
         abort: AbortHandle,
         ordered: impl Future<Output = ()>,
-    ) -> Option<CommError> {
+    ) -> Result<(), CommError> {
         let runner = serving.runner.clone();
         self.serving.send_replace(Some(serving));
         self.membership.stand(epoch, Readiness::Ready);
@@ -166,11 +170,7 @@ impl Pooled {
         self.serving.send_replace(None);
         abort.abort();
         runner.stop();
-        if runner.hangs().is_cancelled() {
-            return runner.failure();
-        }
-        join_threads(vec![("engine", thread)]).await;
-        None
+        join_engine(&runner, thread).await
     }
 
     /// Whether the last order ends a group that works: it makes a spare, or wants other weights. Else a group forms anew
@@ -195,6 +195,9 @@ impl Pooled {
     }
 
     /// Computes its share until the group is over and another order has come.
+    ///
+    /// # Errors
+    /// The rank hangs.
     async fn follow(
         &self,
         (epoch, seat): (u64, &Seat),
@@ -202,7 +205,7 @@ impl Pooled {
         mut ended: oneshot::Receiver<String>,
         abort: AbortHandle,
         ordered: impl Future<Output = ()>,
-    ) {
+    ) -> Result<(), CommError> {
         self.membership.stand(epoch, Readiness::Ready);
         tokio::pin!(ordered);
         tokio::select! {
@@ -220,8 +223,13 @@ impl Pooled {
             }
         }
         abort.abort();
-        join_threads(vec![("rank", thread)]).await;
+        join_rank(thread).await
     }
+}
+
+/// Waits for the thread of a rank whose group has been ended: whatever it waits for is over, so one that goes on hangs.
+async fn join_rank(thread: JoinHandle<()>) -> Result<(), CommError> {
+    join_thread("rank", thread).await.then_some(()).ok_or(CommError::Aborted)
 }
 
 /// A seat that is taken.
@@ -232,16 +240,21 @@ enum Taken {
 
 impl Taken {
     /// Ends what was just taken: something else is wanted by now.
-    async fn give_up(self) {
-        let (name, thread, abort) = match self {
+    ///
+    /// # Errors
+    /// The engine or the rank hangs.
+    async fn give_up(self) -> Result<(), CommError> {
+        match self {
             Taken::Leads { serving, thread, abort } => {
+                abort.abort();
                 serving.runner.stop();
-                ("engine", thread, abort)
+                join_engine(&serving.runner, thread).await
             }
-            Taken::Follows { thread, abort, .. } => ("rank", thread, abort),
-        };
-        abort.abort();
-        join_threads(vec![(name, thread)]).await;
+            Taken::Follows { thread, abort, .. } => {
+                abort.abort();
+                join_rank(thread).await
+            }
+        }
     }
 }
 
@@ -304,7 +317,7 @@ impl Taking {
         }
         let tokenizer = TokenizerFiles::read(&held.dir)?;
         let mut engine = engine(&held.model, limits(&config, &held.model), comm)?;
-        if let (Some(kept), None) = (&config.profile_dir, &held.profile) {
+        if let (Some(kept), None, false) = (&config.profile_dir, &held.profile, seat.step_times_known) {
             let profile = if ranks == 1 { profile::obtain(&mut engine, kept) } else { profile::measured(&mut engine) };
             held.profile = Some(profile.map_err(WorkerError::Group)?);
         }

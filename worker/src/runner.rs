@@ -239,7 +239,7 @@ impl Runner {
         Watched {
             pulse: Arc::clone(self.engine.pulse()),
             letters: handle.letters.downgrade(),
-            limit: self.engine.step_limit().of(0),
+            limit: self.engine.step_limit().base,
             failure: self.failure.clone(),
             hangs: handle.hangs.clone(),
         }
@@ -276,7 +276,6 @@ impl Runner {
 
     /// Letters, readers, one step.
     fn turn(&mut self, first: Option<Letter>) -> Turn {
-        self.engine.pulse().beat();
         if let Some(letter) = first {
             self.open(letter);
         }
@@ -329,6 +328,7 @@ impl Runner {
     }
 
     fn open(&mut self, letter: Letter) {
+        self.engine.pulse().beat();
         match letter {
             Letter::Submit(submission) => self.submit(*submission),
             Letter::Wake => {}

@@ -49,7 +49,7 @@ impl<L> Watched<L> {
 }
 
 /// What is seen of a thread.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Sight {
     /// Beats of its pulse.
     beats: u64,
@@ -60,15 +60,16 @@ struct Sight {
 /// Counts how long there was no beat.
 #[derive(Debug, Default)]
 struct Watchdog {
-    beats: u64,
+    last: Sight,
     without_beat: Duration,
 }
 
 impl Watchdog {
     /// Takes a look, `passed` after the one before; how long there was no beat, if that is too long.
-    fn look(&mut self, Sight { beats, limit }: Sight, passed: Duration) -> Option<Duration> {
-        let Some(limit) = limit.filter(|_| beats == self.beats) else {
-            *self = Self { beats, without_beat: Duration::ZERO };
+    fn look(&mut self, sight: Sight, passed: Duration) -> Option<Duration> {
+        // A limit that is another one belongs to something else, whose beat comes.
+        let Some(limit) = sight.limit.filter(|_| sight == self.last) else {
+            *self = Self { last: sight, without_beat: Duration::ZERO };
             return None;
         };
         // While the whole process stood still, so did the one who is watched.
@@ -95,6 +96,7 @@ mod tests {
         for beats in 0..1000 {
             assert_eq!(watchdog.look(busy(beats), TICK), None, "it moves");
         }
+        // The first look at something new begins to count.
         assert_eq!(looks(&mut watchdog, busy(5), TICK, 13), None);
         assert_eq!(watchdog.look(busy(5), TICK), Some(13 * TICK));
         // It was only slow.
@@ -102,10 +104,20 @@ mod tests {
     }
 
     #[test]
+    fn the_time_of_a_long_step_is_not_that_of_what_follows() {
+        let mut watchdog = Watchdog::default();
+        let sight = |limit| Sight { beats: 1, limit: Some(limit) };
+        assert_eq!(looks(&mut watchdog, sight(30 * LIMIT), TICK, 200), None);
+        // The step's end is seen before its beat.
+        assert_eq!(looks(&mut watchdog, sight(LIMIT), TICK, 13), None);
+        assert!(watchdog.look(sight(LIMIT), TICK).is_some());
+    }
+
+    #[test]
     fn time_in_which_the_process_stood_still_does_not_count() {
         let mut watchdog = Watchdog::default();
         let busy = Sight { beats: 1, limit: Some(LIMIT) };
-        assert_eq!(looks(&mut watchdog, busy, Duration::from_secs(3600), 6), None);
-        assert!(looks(&mut watchdog, busy, Duration::from_secs(3600), 2).is_some());
+        assert_eq!(looks(&mut watchdog, busy, Duration::from_secs(3600), 7), None);
+        assert!(watchdog.look(busy, Duration::from_secs(3600)).is_some());
     }
 }

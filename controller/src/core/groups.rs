@@ -97,6 +97,24 @@ pub struct Pool {
     pub plan: Plan,
     /// Groups of an earlier run that have not come back yet.
     pub(super) returning: BTreeSet<Slot>,
+    /// What was measured of groups that have a place, and of which weights and ranks.
+    pub(super) measured: BTreeMap<Slot, (Source, usize, Arc<Measured>)>,
+}
+
+impl Pool {
+    fn known(&self, slot: &Slot) -> Option<Arc<Measured>> {
+        let group = self.placed.get(slot)?;
+        let (source, ranks, measured) = self.measured.get(slot)?;
+        (*source == group.source && *ranks == group.ranks.len()).then(|| Arc::clone(measured))
+    }
+
+    /// What a group that has formed has measured, or else one before it with the same weights.
+    fn keep_measured(&mut self, slot: &Slot, fresh: Option<Arc<Measured>>) -> Option<Arc<Measured>> {
+        let measured = fresh.or_else(|| self.known(slot))?;
+        let group = self.placed.get(slot)?;
+        self.measured.insert(slot.clone(), (group.source.clone(), group.ranks.len(), Arc::clone(&measured)));
+        Some(measured)
+    }
 }
 
 /// The name of a group of the pool.
@@ -128,10 +146,11 @@ impl State {
         model: ModelDescriptor,
         measured: Option<Arc<Measured>>,
     ) {
-        if let Some((_, member)) = self.by_stream(stream)
-            && member.epoch == epoch
-            && member.capacity.is_some()
-        {
+        let worker = self.by_stream(stream).filter(|(_, member)| member.epoch == epoch && member.capacity.is_some());
+        let Some((slot, _)) = worker.map(|(id, _)| id.clone()).and_then(|id| self.seat_of(&id)) else { return };
+        let slot = slot.clone();
+        let measured = self.pool.keep_measured(&slot, measured);
+        if let Some((_, member)) = self.by_stream(stream) {
             (member.model, member.measured) = (model, measured);
         }
     }
@@ -225,6 +244,7 @@ impl State {
             freed.extend(
                 self.pool.placed.remove(&slot).into_iter().flat_map(|group| group.ranks).map(|(worker, _)| worker),
             );
+            self.pool.measured.remove(&slot);
             actions.push(Action::Persist(Fact::Placed { slot, group: None }));
         }
         for (slot, workers) in &plan.groups {
@@ -314,6 +334,7 @@ impl State {
             dtype: group.source.dtype.clone(),
             rank: rank as u32,
             rank_addresses: group.ranks.iter().map(|(worker, _)| address(worker)).collect(),
+            step_times_known: self.pool.known(slot).is_some(),
         };
         let (group_id, epoch) = (group_id(slot), group.epoch);
         actions.push(Action::Assign { stream, group_id, epoch, seat: Some(seat) });

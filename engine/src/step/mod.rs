@@ -11,7 +11,7 @@ mod schedule;
 
 use crate::failpoints;
 use crate::group::wire::Pass;
-use crate::group::{Pace, Rank, StepLimit};
+use crate::group::{Pace, Rank, StepLimit, probe_rows};
 use crate::model::Model;
 use crate::pages::Pages;
 use crate::plan::{Grant, Plan};
@@ -199,9 +199,9 @@ impl Engine {
     /// what its time is measured by. [`Engine::failure`] tells when a rank does not.
     pub fn probe(&mut self, rows: u32) {
         if self.failure.is_none() {
-            let rows = rows.clamp(1, self.limits.rows_max) as usize;
-            let _step = self.pulse.step(self.step_limit.of(rows));
-            self.failure = self.rank.probe(rows).err();
+            let rows = probe_rows(rows.clamp(1, self.limits.rows_max));
+            let _step = self.pulse.step(self.step_limit.of(&rows));
+            self.failure = self.rank.probe(&rows).err();
         }
     }
 
@@ -366,7 +366,7 @@ impl Engine {
         batch.records.clear();
         batch.records.resize(batch.outputs.len(), Record::default());
         let Batch { ids, rows, outputs, draws, wanted, records, .. } = batch;
-        let _step = self.pulse.step(self.step_limit.of(ids.len()));
+        let _step = self.pulse.step(self.step_limit.of(rows));
         self.rank.lead(&Pass { ids, rows, tables: &tables, outputs, draws, wanted }, records)
     }
 
@@ -399,6 +399,8 @@ impl Engine {
         let gathered = life.gathered(&job.outputs);
         batch.candidates.clear();
         for output in job.outputs.clone() {
+            // Drawing from a large vocabulary takes its time.
+            self.pulse.beat();
             let record = &mut batch.records[output];
             if gathered.contains(&output) {
                 self.rank.row_logits(output, &mut batch.logits);

@@ -5,7 +5,7 @@
 //! - `request`, `fields`: a body to a [`GenerateRequest`](unmask_proto::v1::GenerateRequest), or everything wrong with it
 //! - `answer`: events to answers, whole or in chunks
 //! - `failure`: statuses to HTTP errors
-//! - `sockets`: how many connections, and how long they may say nothing
+//! - `sockets`: how many connections, and how long they may say or take nothing
 
 mod answer;
 mod failure;
@@ -37,6 +37,7 @@ pub(crate) async fn serve(
     layers: Layers,
     close: CancellationToken,
 ) -> io::Result<()> {
+    let stall_limit = service.stall_limit;
     let router = Router::new()
         .route("/v1/chat/completions", post(handlers::chat))
         .route("/v1/completions", post(handlers::completion))
@@ -51,5 +52,5 @@ pub(crate) async fn serve(
         Failure::from(status)
     };
     let refusing = HandleError::new(layers.layer(router), refused);
-    sockets::serve(incoming, refusing, close).await
+    sockets::serve(incoming, refusing, stall_limit, close).await
 }

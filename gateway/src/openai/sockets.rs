@@ -1,4 +1,4 @@
-//! HTTP/1.1 connections: how many, and how long they may say nothing.
+//! HTTP/1.1 connections: how many, and how long they may say or take nothing.
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -13,6 +13,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
 use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 use tower::{Service, ServiceExt as _};
@@ -23,11 +24,17 @@ const CONNECTIONS_MAX: usize = 4096;
 /// Longest wait for all of a request's headers, also of the next request on a connection.
 const HEADERS_LIMIT: Duration = Duration::from_secs(30);
 
-/// Answers what comes in by `service` until `close`; then connections end with what they are answering.
+/// Answers what comes in by `service` until `close`; then nothing is accepted any more, and connections end with what they
+/// are answering. One on which nothing can be written for `stall_limit` is closed.
 ///
 /// # Errors
 /// Nothing can be accepted any more.
-pub(super) async fn serve<S>(mut incoming: Incoming, service: S, close: CancellationToken) -> io::Result<()>
+pub(super) async fn serve<S>(
+    mut incoming: Incoming,
+    service: S,
+    stall_limit: Duration,
+    close: CancellationToken,
+) -> io::Result<()>
 where
     S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
@@ -46,7 +53,10 @@ where
                 None => return,
             };
             let service = service.clone().map_request(|request: hyper::Request<HyperBody>| request.map(Body::new));
-            let served = server.serve_connection(TokioIo::new(connection), TowerToHyperService::new(service));
+            let mut connection = TimeoutStream::new(connection);
+            connection.set_write_timeout(Some(stall_limit));
+            let connection = TokioIo::new(Box::pin(connection));
+            let served = server.serve_connection(connection, TowerToHyperService::new(service));
             let served = graceful.watch(served);
             tokio::spawn(async move {
                 if let Err(error) = served.await {
@@ -60,18 +70,20 @@ where
         () = close.cancelled() => {}
         () = accepting => return Err(io::Error::other("the listener has ended")),
     }
+    // Whoever comes now is refused instead of left to wait.
+    drop(incoming);
     graceful.shutdown().await;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
     use std::net::{Ipv4Addr, SocketAddr};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
     use tokio::sync::mpsc;
-    use tokio::time::{Instant, timeout};
+    use tokio::time::{Instant, sleep, timeout};
     use tokio_stream::wrappers::ReceiverStream;
     use unmask_proto::network::Connection;
 
@@ -81,11 +93,24 @@ mod tests {
         ended: tokio::task::JoinHandle<io::Result<()>>,
     }
 
+    const STALL_LIMIT: Duration = Duration::from_secs(60);
+
+    /// Answers `/large` with more than any buffer takes, `/slow` after a second, and all else at once.
     fn served() -> Served {
         let (connections, opened) = mpsc::channel(1);
         let (close, address) = (CancellationToken::new(), SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
-        let service = tower::service_fn(async |_: Request| Ok(Response::new(Body::from("well"))));
-        let ended = tokio::spawn(serve(Incoming::new(address, ReceiverStream::new(opened)), service, close.clone()));
+        let service = tower::service_fn(async |request: Request| {
+            Ok(Response::new(match request.uri().path() {
+                "/large" => Body::from(vec![b'a'; 64 << 20]),
+                "/slow" => {
+                    sleep(Duration::from_secs(1)).await;
+                    Body::from("well")
+                }
+                _ => Body::from("well"),
+            }))
+        });
+        let incoming = Incoming::new(address, ReceiverStream::new(opened));
+        let ended = tokio::spawn(serve(incoming, service, STALL_LIMIT, close.clone()));
         Served { connections, close, ended }
     }
 
@@ -129,6 +154,29 @@ mod tests {
         let soon = timeout(HEADERS_LIMIT / 2, late.read_u8()).await;
         assert!(soon.is_err(), "there is no place");
         drop(open.pop());
-        assert!(rest(late).await.contains("HTTP/1.1 200 OK"));
+        let heard = timeout(HEADERS_LIMIT / 4, rest(late)).await.expect("there is one now");
+        assert!(heard.contains("HTTP/1.1 200 OK"), "{heard}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_takes_nothing_is_hung_up_on() {
+        let served = served();
+        let mut connection = served.connect().await;
+        connection.write_all(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        sleep(STALL_LIMIT + Duration::from_secs(1)).await;
+        assert!(rest(connection).await.len() < 1 << 20);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn at_the_end_answers_under_way_are_given_and_nobody_is_let_in() {
+        let served = served();
+        let mut connection = served.connect().await;
+        connection.write_all(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        sleep(Duration::from_millis(500)).await;
+        served.close.cancel();
+        served.connections.closed().await;
+        assert!(!served.ended.is_finished(), "an answer is under way");
+        assert!(rest(connection).await.ends_with("well"));
+        served.ended.await.unwrap().unwrap();
     }
 }

@@ -2,6 +2,7 @@
 use super::super::settings::Settings;
 use super::super::{Event, Heartbeat, Joining, Pace, decide};
 use super::*;
+use crate::policy::{Profile, Quality};
 use unmask_proto::v1::{Capacity, Route};
 
 const TTL: Duration = Duration::from_secs(5);
@@ -325,4 +326,39 @@ fn after_a_change_of_leader_groups_keep_their_places_and_epochs() {
     after.form();
     assert_eq!((after.rank("a"), after.rank("b")), (Some((0, epoch)), Some((1, epoch))));
     assert_eq!(after.served(), before.served());
+}
+
+fn measured() -> Arc<Measured> {
+    let profile = r#"{"format":"profile/1","model":"m","numerics_id":"n","device":"d","isa":"i","threads":1,"ranks":2,
+        "dtype":"bf16","kv_type":"f32","points":[{"rows":1,"context":0,"ms":1.0,"spread":0.0}]}"#;
+    let quality = r#"{"format":"unmask.quality/1","command":"c","rows":[{"policy":"autoregressive","block_size":1,
+        "dtype":"bf16","n":1000,"pass_rate":0.98,"parse_rate":1.0,"pass_rate_low":0.97,"tpf":1.0}]}"#;
+    Arc::new(Measured { profile: Profile::parse(profile).unwrap(), quality: Quality::parse(quality).unwrap() })
+}
+
+#[test]
+fn a_group_that_forms_anew_need_not_measure_again_unless_it_is_another() {
+    let mut pooled = pair_and_spare();
+    let loaded = |pooled: &mut Pooled, worker: &str, measured| {
+        let (stream, epoch) = (pooled.streams[worker], pooled.told[worker].1);
+        let model = ModelDescriptor { name: "m".into(), ..ModelDescriptor::default() };
+        pooled.event(Event::Loaded(stream, epoch, Box::new(model), measured));
+        pooled.state.members()[worker].measured.clone()
+    };
+    let known = |pooled: &Pooled, worker: &str| pooled.told[worker].0.as_ref().unwrap().step_times_known;
+    assert!(!known(&pooled, "a"));
+    assert_eq!(loaded(&mut pooled, "a", Some(measured())), Some(measured()));
+    pooled.now = TTL;
+    pooled.event(Event::StreamClosed(pooled.streams["a"]));
+    pooled.report("c", Readiness::Spare);
+    pooled.report("b", Readiness::Fenced);
+    pooled.pass(0);
+    let first = ["b", "c"].into_iter().find(|worker| pooled.rank(worker).is_some_and(|(rank, _)| rank == 0)).unwrap();
+    assert!(known(&pooled, first));
+    assert_eq!(loaded(&mut pooled, first, None), Some(measured()), "what the group before it measured");
+    ["b", "c"].into_iter().for_each(|worker| pooled.report(worker, Readiness::Ready));
+    pooled.apply_from("/other", 1, 2, 0);
+    pooled.pass(100);
+    assert!(!known(&pooled, first), "other weights");
+    assert_eq!(loaded(&mut pooled, first, None), None);
 }
