@@ -45,7 +45,7 @@ async fn a_worker_whose_engine_hangs_lets_go_of_its_streams_and_ends() {
         top_p: 1.0,
         ..ResolvedSettings::default()
     };
-    let request = RunRequest { prompt_ids: vec![20, 21], settings: Some(settings), ..RunRequest::default() };
+    let request = RunRequest { prompt_ids: (20..26).collect(), settings: Some(settings), ..RunRequest::default() };
     let mut stream = client.run(request.clone()).await.unwrap().into_inner();
     stream.message().await.unwrap().unwrap();
     let began = Instant::now();
