@@ -68,6 +68,32 @@ fn bad_arguments_name_themselves() {
     assert!(failure(&["--limit", "1"]).contains("use another --out"));
 }
 
+#[test]
+fn a_question_that_is_refused_counts_as_wrong_and_ends_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    unmask(dir, &["train", "tasks", "--held-out", "--seed", "9", "--count", "3", "--out", "tasks.jsonl"]);
+    let tasks = std::fs::read_to_string(dir.join("tasks.jsonl")).unwrap();
+    let mut long: serde_json::Value = serde_json::from_str(tasks.lines().next().unwrap()).unwrap();
+    long["prompt"] = format!("{}{}", "x = 1\n".repeat(2000), long["prompt"].as_str().unwrap()).into();
+    long["task_id"] = "long".into();
+    std::fs::write(dir.join("tasks.jsonl"), format!("{long}\n{tasks}")).unwrap();
+    let output = eval(dir, &["--json"]);
+    assert!(output.status.success(), "{output:?}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    for row in report["rows"].as_array().unwrap() {
+        assert_eq!((row["n"].as_u64(), row["refused"].as_u64()), (Some(4), Some(1)), "{row}");
+        assert!(row["pass_rate"].as_f64().unwrap() <= 0.75, "{row}");
+    }
+    assert!(String::from_utf8_lossy(&output.stderr).contains("long is refused, and counts as wrong: "), "{output:?}");
+
+    std::fs::write(dir.join("tasks.jsonl"), format!("{long}\n")).unwrap();
+    std::fs::remove_dir_all(dir.join("out")).unwrap();
+    let output = eval(dir, &["--json"]);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("all questions are refused: "), "{output:?}");
+}
+
 /// A server that is already there gives what this process gives by itself.
 #[test]
 fn a_server_is_evaluated_like_a_model_at_hand() {

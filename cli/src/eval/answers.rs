@@ -173,7 +173,7 @@ mod tests {
             max_tokens: None,
         };
         let point = Point::threshold(8, 0.9);
-        let answer = Answer { text: "    return 1".into(), tokens: 3, passes: 2 };
+        let answer = Answer { text: "    return 1".into(), tokens: 3, passes: 2, refused: None };
         let batch = |id: &str| {
             let outcomes = vec![Outcome { id: id.into(), answer: answer.clone(), passed: true, parsed: true }];
             Batch { part: Part::Tasks, block_size: 8, threshold: 0.9, self_speculative: false, seconds: 0.5, outcomes }

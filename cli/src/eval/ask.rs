@@ -4,6 +4,7 @@ use crate::local::Gateway;
 use anyhow::{Context, bail, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
+use tonic::{Code, Status};
 use unmask_proto::v1::generate_request::Input;
 use unmask_proto::v1::generate_response::Event;
 use unmask_proto::v1::policy::{Autoregressive, Kind, SelfSpeculative, Threshold};
@@ -21,7 +22,7 @@ pub struct Question {
 }
 
 /// What the model wrote.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
     /// The answer.
     pub text: String,
@@ -29,6 +30,9 @@ pub struct Answer {
     pub tokens: u32,
     /// Forward passes, the prompt's left out.
     pub passes: u32,
+    /// Why the question was not answered, if it was not: it is longer than the model's context, say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 /// A served model and how it is asked.
@@ -59,12 +63,21 @@ impl Asker {
         Ok(Asker { client, model: found.remove(0), streams, stop: Vec::new(), max_tokens: None })
     }
 
-    /// Answers in the order of the questions, decoded greedily at `point`.
+    /// Answers in the order of the questions, decoded greedily at `point`; a question that is refused has none.
     ///
     /// # Errors
-    /// The first refusal or failure.
+    /// The first failure.
     pub async fn ask(&self, questions: Vec<Question>, point: Point) -> anyhow::Result<Vec<Answer>> {
-        stream::iter(questions).map(|question| self.answer(question, point)).buffered(self.streams).try_collect().await
+        let answer = async |question| match self.answer(question, point).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => match error.downcast_ref::<Status>() {
+                Some(status) if status.code() == Code::InvalidArgument => {
+                    Ok(Answer { refused: Some(status.message().to_owned()), ..Answer::default() })
+                }
+                _ => Err(error),
+            },
+        };
+        stream::iter(questions).map(answer).buffered(self.streams).try_collect().await
     }
 
     async fn answer(&self, question: Question, point: Point) -> anyhow::Result<Answer> {
@@ -99,7 +112,7 @@ impl Asker {
                 Some(Event::Finish(finish)) => {
                     text += &finish.text;
                     let tokens = finish.usage.map_or(0, |usage| usage.completion_tokens);
-                    return Ok(Answer { text, tokens, passes: finish.nfe });
+                    return Ok(Answer { text, tokens, passes: finish.nfe, refused: None });
                 }
                 Some(Event::Started(_) | Event::Draft(_)) | None => {}
             }

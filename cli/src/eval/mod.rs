@@ -21,7 +21,7 @@ use crate::tls::ClientTlsArgs;
 use crate::{INTERRUPTED, models, output, raw};
 use answers::{Answers, Batch, Header, Part};
 use anyhow::{Context, ensure};
-use ask::{Asker, Question};
+use ask::{Answer, Asker, Question};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use questions::Case;
@@ -287,6 +287,7 @@ async fn answer(asker: &Asker, answers: &mut Answers, part: Part, cases: &[Case]
         let start = Instant::now();
         let said = asker.ask(questions, point).await?;
         let seconds = start.elapsed().as_secs_f64();
+        tell_refusals(cases, &said, answers.of(part, point).next().is_none(), &bar)?;
         let cases = cases.to_vec();
         bar.inc(cases.len() as u64);
         let outcomes = tokio::task::spawn_blocking(move || questions::judge(&cases, said)).await??;
@@ -295,6 +296,19 @@ async fn answer(asker: &Asker, answers: &mut Answers, part: Part, cases: &[Case]
         answers.add(Batch { part, block_size, threshold, self_speculative, seconds, outcomes })?;
     }
     bar.finish_and_clear();
+    Ok(())
+}
+
+/// Says which questions were refused, for they count as wrong. All of the `first` that are asked: it is not the questions.
+fn tell_refusals(cases: &[Case], said: &[Answer], first: bool, bar: &ProgressBar) -> anyhow::Result<()> {
+    let refused = cases.iter().zip(said).filter_map(|(case, answer)| Some((&case.id, answer.refused.as_ref()?)));
+    let refused: Vec<_> = refused.collect();
+    if let [(_, why), ..] = refused[..] {
+        ensure!(!first || refused.len() < cases.len(), "all questions are refused: {why}");
+    }
+    bar.suspend(|| {
+        refused.iter().for_each(|(id, why)| output::note(&format!("{id} is refused, and counts as wrong: {why}")))
+    });
     Ok(())
 }
 
@@ -329,8 +343,9 @@ fn table(part: Part, rows: &[Row]) -> String {
         let tau = row.threshold.map_or_else(|| "-".into(), |tau| format!("{tau:.2}"));
         let [low, high] = row.pass_rate_interval.map(|end| 100.0 * end);
         let [right, parses, repeats] = [row.pass_rate, row.parse_rate, row.repetition_rate].map(|share| 100.0 * share);
+        let refused = if row.refused > 0 { format!("  ({} refused)", row.refused) } else { String::new() };
         text += &format!(
-            "{:17} {:5} {tau:>10}  {right:5.1}%  ({low:5.1} to {high:5.1})  {parses:5.1}%   {repeats:5.1}%  {:5.2}  {:8.0}\n",
+            "{:17} {:5} {tau:>10}  {right:5.1}%  ({low:5.1} to {high:5.1})  {parses:5.1}%   {repeats:5.1}%  {:5.2}  {:8.0}{refused}\n",
             row.policy, row.block_size, row.tpf, row.tokens_per_s
         );
     }

@@ -124,7 +124,8 @@ pub fn judge(cases: &[Case], answers: Vec<Answer>) -> anyhow::Result<Vec<Outcome
             Judge::Exactly(expected) => answer.text == *expected,
             Judge::Tests(_) | Judge::Parses => ran,
         };
-        Outcome { id: case.id.clone(), answer, passed, parsed }
+        let answered = answer.refused.is_none();
+        Outcome { id: case.id.clone(), answer, passed: passed && answered, parsed: parsed && answered }
     };
     Ok(cases.iter().zip(answers).zip(ended.chunks(2)).map(outcome).collect())
 }
@@ -147,7 +148,7 @@ mod tests {
     }
 
     fn judged(cases: &[Case], text: &str) -> (bool, bool) {
-        let answer = Answer { text: text.into(), tokens: 1, passes: 1 };
+        let answer = Answer { text: text.into(), tokens: 1, passes: 1, refused: None };
         let outcome = judge(cases, vec![answer]).unwrap().remove(0);
         (outcome.passed, outcome.parsed)
     }
@@ -170,6 +171,19 @@ mod tests {
         assert_eq!(cases.len(), 1);
         assert_eq!(judged(&cases, "    return 1"), (true, true));
         assert_eq!(judged(&cases, ""), (false, false));
+    }
+
+    #[test]
+    fn what_was_not_answered_is_not_right() {
+        let whole = Document { text: "def g(a):\n    pass\n".into(), package: String::new() };
+        let case = Case { prompt: "a = 1\n".into(), ..code(&[whole]).remove(0) };
+        let outcome = |refused| {
+            let answer = Answer { refused, ..Answer::default() };
+            let outcome = judge(std::slice::from_ref(&case), vec![answer]).unwrap().remove(0);
+            (outcome.passed, outcome.parsed)
+        };
+        assert_eq!(outcome(None), (true, true));
+        assert_eq!(outcome(Some("too long".into())), (false, false));
     }
 
     #[test]

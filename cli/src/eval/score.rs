@@ -17,8 +17,10 @@ pub struct Row {
     /// Confidence threshold; absent for the baseline.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f32>,
-    /// Answers.
+    /// Questions.
     pub n: usize,
+    /// Of them, those that the server would not answer; they count as wrong.
+    pub refused: usize,
     /// Share that is right.
     pub pass_rate: f64,
     /// 95% (Wilson).
@@ -35,12 +37,13 @@ pub struct Row {
 
 /// The numbers of `batches`; none where there are no answers.
 pub fn row<'a>(point: Point, batches: impl Iterator<Item = &'a Batch>) -> Option<Row> {
-    let (mut n, mut passed, mut parsed, mut repeated) = (0, 0, 0, 0);
+    let (mut n, mut refused, mut passed, mut parsed, mut repeated) = (0, 0, 0, 0, 0);
     let (mut tokens, mut passes, mut seconds) = (0u64, 0u64, 0.0);
     for batch in batches {
         seconds += batch.seconds;
         for outcome in &batch.outcomes {
             n += 1;
+            refused += usize::from(outcome.answer.refused.is_some());
             passed += usize::from(outcome.passed);
             parsed += usize::from(outcome.parsed);
             repeated += usize::from(repeats(&outcome.answer.text));
@@ -55,6 +58,7 @@ pub fn row<'a>(point: Point, batches: impl Iterator<Item = &'a Batch>) -> Option
         block_size: point.block_size,
         threshold: (!autoregressive).then_some(point.threshold),
         n,
+        refused,
         pass_rate: share(passed),
         pass_rate_interval: wilson(passed, n),
         parse_rate: share(parsed),
@@ -81,7 +85,12 @@ mod tests {
     fn a_row_adds_up_batches() {
         let outcome = |text: &str, tokens, passed| Outcome {
             id: text.into(),
-            answer: Answer { text: text.into(), tokens, passes: 2 },
+            answer: Answer {
+                text: text.into(),
+                tokens,
+                passes: 2 * u32::from(tokens > 0),
+                refused: (tokens == 0).then(|| "too long".into()),
+            },
             passed,
             parsed: true,
         };
@@ -94,9 +103,14 @@ mod tests {
             outcomes,
         };
         let point = Point::threshold(8, 0.9);
-        let batches = [batch(vec![outcome("a\na\na", 6, true)]), batch(vec![outcome("a\nb\na\na", 4, false)])];
+        let batches = [
+            batch(vec![outcome("a\na\na", 6, true)]),
+            batch(vec![outcome("a\nb\na\na", 4, false), outcome("", 0, false)]),
+        ];
         let row = row(point, batches.iter()).unwrap();
-        assert_eq!((row.n, row.pass_rate, row.parse_rate, row.repetition_rate), (2, 0.5, 1.0, 0.5));
+        assert_eq!((row.n, row.refused), (3, 1));
+        let third = 1.0 / 3.0;
+        assert_eq!((row.pass_rate, row.repetition_rate), (third, third));
         assert_eq!((row.tpf, row.tokens_per_s), (2.5, 2.5));
         assert_eq!(super::row(point, std::iter::empty()), None);
     }
