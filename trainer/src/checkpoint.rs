@@ -55,7 +55,8 @@ pub struct State {
 /// Files that belong to a tokenizer; those present are copied.
 const TOKENIZER_FILES: [&str; 2] = ["tokenizer.json", "tokenizer_config.json"];
 
-/// Digest of everything in the configuration that decides the numbers of a run; `own` are the stage's own settings.
+/// Digest of everything in the configuration that decides the numbers of a run; `own` are the stage's own settings and those of
+/// its data.
 pub fn digest(stage: &MaskStage, own: &impl Serialize) -> String {
     use sha2::{Digest, Sha256};
     let mut raw = stage.raw.clone();
@@ -362,7 +363,8 @@ pub fn resume(
     let state: State = serde_json::from_str(&text).with_context(|| format!("{}/state.json", dir.display()))?;
     anyhow::ensure!(
         state.config == config,
-        "{} was made with another configuration: use another `out`, or start from it with `init.checkpoint`",
+        "{} was made with another configuration, of the stage or of its data: use another `out`, or start from it with \
+         `init.checkpoint`",
         dir.display()
     );
     let moments = dir.join("optimizer.safetensors");

@@ -7,7 +7,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
-    checkpoint::{Vocabulary, digest},
+    checkpoint::Vocabulary,
     config::MaskStage,
     layout::Example,
     noise::{self, Filled},
@@ -32,7 +32,7 @@ pub fn train_mask(config: &MaskStage, sources: Sources<'_>) -> anyhow::Result<Su
 pub fn run(config: &MaskStage, sources: Sources<'_>, last: usize) -> anyhow::Result<Summary> {
     let started = Instant::now();
     let raw = &config.raw;
-    let mut training = Training::start(config, sources, digest(config, &()))?;
+    let mut training = Training::start(config, sources, &())?;
     let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
     if training.state.step == 0 && raw.init.checkpoint.is_some() {
         progress.eval(training.measure()?)?;

@@ -18,7 +18,6 @@ use serde::{Deserialize, Serialize};
 use unmask_engine::Model;
 
 use crate::{
-    checkpoint::digest,
     config::{MaskStage, RawMaskStage},
     examiner::{Decoded, Examiner},
     layout::Example,
@@ -113,7 +112,7 @@ pub fn train_on_policy(stage: &OnPolicyStage, sources: Sources<'_>) -> anyhow::R
     let started = Instant::now();
     let OnPolicyStage { own, stage: config } = stage;
     let raw = &config.raw;
-    let mut training = Training::start(config, sources, digest(config, own))?;
+    let mut training = Training::start(config, sources, own)?;
     let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
     let rounds = Rounds::open(own, config, sources)?;
     let least = rounds.initial_pass_rate()? - own.guard_points / 100.0;

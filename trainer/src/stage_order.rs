@@ -10,7 +10,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    checkpoint::{Vocabulary, digest},
+    checkpoint::Vocabulary,
     config::{MaskStage, RawMaskStage},
     examiner::Examiner,
     order::{Sampling, best_orders},
@@ -90,7 +90,7 @@ pub fn train_order(stage: &OrderStage, sources: Sources<'_>) -> anyhow::Result<S
     let started = Instant::now();
     let OrderStage { own, stage: config } = stage;
     let raw = &config.raw;
-    let mut training = Training::start(config, sources, digest(config, own))?;
+    let mut training = Training::start(config, sources, own)?;
     let mut progress = Progress::new(&raw.out, raw.steps, training.state.step)?;
     let file = raw.out.join("orders.jsonl");
     let paths = if file.exists() { read(&file)? } else { find(stage, &training, sources, &mut progress, &file)? };

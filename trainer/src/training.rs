@@ -9,6 +9,7 @@ use std::{
 use anyhow::Context;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
 
 use crate::{
     checkpoint::{self, Export, State, Vocabulary, WeightType},
@@ -69,8 +70,8 @@ pub(crate) struct Training<'a> {
 }
 
 impl<'a> Training<'a> {
-    /// Begins, or continues from the newest checkpoint in `out`. `digest` names everything that decides the numbers.
-    pub fn start(config: &'a MaskStage, sources: Sources<'a>, digest: String) -> anyhow::Result<Training<'a>> {
+    /// Begins, or continues from the newest checkpoint in `out`. `own` are the stage's own settings.
+    pub fn start(config: &'a MaskStage, sources: Sources<'a>, own: &impl Serialize) -> anyhow::Result<Training<'a>> {
         anyhow::ensure!(!sources.train.is_empty(), "there are no training documents");
         anyhow::ensure!(!sources.held_out.is_empty(), "there are no held-out documents");
         let raw = &config.raw;
@@ -80,6 +81,7 @@ impl<'a> Training<'a> {
             None => shape.initial(&mut generator(raw.seed, Purpose::Weights, 0)),
         };
         let mut optimizer = Optimizer::new(&shape, weights, config.settings);
+        let digest = checkpoint::digest(config, &(own, sources.train.settings()));
         let state = checkpoint::resume(&raw.out, &shape, &digest, &mut optimizer)?;
         if let Some(state) = &state {
             tracing::info!("continuing after step {} of {}", state.step, raw.out.display());

@@ -5,11 +5,13 @@ mod toy;
 
 use std::{path::Path, sync::Arc};
 
+use rand_chacha::ChaCha8Rng;
 use toy::Copies;
 use unmask_engine::{LoadOptions, Model};
 use unmask_trainer::{
     MaskStage, Sources,
     checkpoint::{Vocabulary, read_weights},
+    data::Documents,
     measure::Point,
     progress::Record,
     rollout::roll_out,
@@ -22,6 +24,23 @@ fn stage(out: &Path, steps: usize, more: &str) -> MaskStage {
 
 fn sources<'a>(vocabulary: &'a Vocabulary, tokenizer: &'a Path) -> Sources<'a> {
     Sources { train: &Copies, held_out: &Copies, vocabulary, tokenizer }
+}
+
+/// The same documents by other settings.
+struct Others;
+
+impl Documents for Others {
+    fn len(&self) -> usize {
+        Copies.len()
+    }
+
+    fn encode(&self, index: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
+        Copies.encode(index, rng)
+    }
+
+    fn settings(&self) -> String {
+        "others".into()
+    }
 }
 
 fn steps(out: &Path) -> Vec<(usize, f64, f64, f32)> {
@@ -53,6 +72,9 @@ fn a_resumed_run_continues_exactly() {
     // Another configuration does not continue these checkpoints, but may start from one.
     let error = train_mask(&stage(&resumed, 7, ""), sources(&vocabulary, dir.path())).unwrap_err();
     assert!(error.to_string().contains("another configuration"), "{error}");
+    let others = Sources { train: &Others, ..sources(&vocabulary, dir.path()) };
+    let error = train_mask(&stage(&resumed, 6, ""), others).unwrap_err();
+    assert!(error.to_string().contains("or of its data"), "{error}");
     let next = stage(&dir.path().join("next"), 1, &format!("init = {{ checkpoint = {:?} }}", resumed.join("step-6")));
     train_mask(&next, sources(&vocabulary, dir.path())).unwrap();
     let shape = next.shape(14);

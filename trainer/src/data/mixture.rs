@@ -189,6 +189,10 @@ impl Documents for Mixture {
         self.config.tasks
     }
 
+    fn settings(&self) -> String {
+        serde_json::to_string(&self.config).unwrap_or_default()
+    }
+
     fn encode(&self, index: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
         let text = self.text(index, rng);
         let mut ids = Vec::new();

@@ -33,4 +33,9 @@ pub trait Documents: Sync {
     /// Token ids of document `index`, freshly cut (random token boundaries, prefix-suffix-middle order) by `rng`, ending
     /// with one end-of-sequence.
     fn encode(&self, index: usize, rng: &mut ChaCha8Rng) -> Vec<u32>;
+
+    /// Settings they are drawn by: a run is resumed with the same ones.
+    fn settings(&self) -> String {
+        String::new()
+    }
 }
