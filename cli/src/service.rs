@@ -291,7 +291,7 @@ where
         }
         Ok(ExitCode::SUCCESS)
     });
-    // What hangs, or loads a model, must not hold up the end.
+    // Neither what hangs nor a model of its own that still loads holds up the end.
     runtime.shutdown_background();
     ended
 }

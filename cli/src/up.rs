@@ -16,7 +16,7 @@ use unmask_worker::config::default_profile_dir;
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let ended = runtime.block_on(up(args));
-    // What hangs, or loads a model, must not hold up the end.
+    // Neither what hangs nor a model of its own that still loads holds up the end.
     runtime.shutdown_background();
     ended
 }

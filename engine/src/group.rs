@@ -168,7 +168,8 @@ impl Rank {
         }
     }
 
-    /// Computes a pass of rows that belong to nobody, the first positions of one sequence: a sign of life of every rank, and a measure of its pace.
+    /// Computes a pass of rows that belong to nobody, the first positions of one sequence: a sign of life of every rank,
+    /// and a measure of its pace.
     pub(crate) fn probe(&mut self, rows: &[Row]) -> Result<(), CommError> {
         let count = rows.len();
         let table: Vec<u32> = (0..probe_pages(count) as u32).map(|page| self.probe_page + page).collect();

@@ -26,8 +26,10 @@ const CONTEXT_SHORT_MAX: u32 = 1024;
 /// Steps of a shape run for this long, and at least one, before the timed one: those of other shapes leave the processor
 /// slower for a short step than steps of its own do.
 const WARMING: Duration = Duration::from_millis(1);
-/// Of every page one slot in so many is written before anything is timed: all of its memory is touched.
-const TOUCHED_ONE_IN: usize = 8;
+/// Memory that is there at all once a byte of it is written, at the least.
+const MEMORY_PAGE_BYTES: usize = 4096;
+/// A step that takes longer needs no warming.
+const LONG: Duration = Duration::from_millis(20);
 /// Pages of a sequence's own: its rows may straddle two.
 const OWN_PAGES: usize = 2;
 
@@ -172,7 +174,7 @@ pub struct Grid {
     pub contexts: Vec<u32>,
     /// Times each shape is timed, at least 1; the shapes take turns, so that a slow moment hits all of them.
     pub repeats: usize,
-    /// After this time nothing is timed, but for the first shape.
+    /// After this time only shapes never timed are.
     pub limit: Duration,
 }
 
@@ -240,28 +242,21 @@ pub fn measure(
     assert!(unused, "the cache belongs to requests, or to prefixes of some");
     let longest = grid.contexts.iter().copied().max().unwrap_or(0);
     assert!(longest <= engine.model().config().context_length, "the model's context ends before {longest} positions");
-    let started = clock();
     let (mut bench, passes) = Bench::new(engine, grid)?;
+    let started = clock();
     assert!(!passes.is_empty() && grid.repeats > 0, "a grid must have shapes");
     let mut taken = vec![Vec::with_capacity(grid.repeats); passes.len()];
     'turns: for turn in 0..grid.repeats {
         for (i, pass) in passes.iter().enumerate() {
-            if (turn, i) > (0, 0) && clock() - started > grid.limit {
+            if turn > 0 && clock() - started > grid.limit {
                 break 'turns;
             }
-            let warm = clock() + WARMING;
-            bench.run(pass)?;
-            while clock() < warm {
-                bench.run(pass)?;
-            }
-            let before = clock();
-            bench.run(pass)?;
-            taken[i].push((clock() - before).as_secs_f64() * 1e3);
+            let took = bench.time(pass, clock)?;
+            taken[i].push(took.as_secs_f64() * 1e3);
             progress(turn * passes.len() + i + 1, grid.repeats * passes.len());
         }
     }
-    let timed = passes.iter().zip(&mut taken).filter(|(_, taken)| !taken.is_empty());
-    let points = timed.map(|(pass, taken)| pass.point(taken)).collect();
+    let points = passes.iter().zip(&mut taken).map(|(pass, taken)| pass.point(taken)).collect();
     let model = engine.model();
     let mut profile = Profile {
         format: FORMAT.into(),
@@ -361,7 +356,7 @@ impl<'a> Bench<'a> {
 
     /// Writes to every page: memory never written may be one and the same page of zeros, faster than any real one.
     fn fill(&mut self, pages: usize, rows_max: usize) -> Result<(), CommError> {
-        let slots: Vec<usize> = (0..pages * PAGE_SLOTS).step_by(TOUCHED_ONE_IN).collect();
+        let slots: Vec<usize> = (0..pages * PAGE_SLOTS).step_by(self.touching()).collect();
         slots.chunks(rows_max.max(1)).try_for_each(|slots| {
             let first = slots[0] / PAGE_SLOTS;
             let pages: Vec<u32> = (first..=slots[slots.len() - 1] / PAGE_SLOTS).map(|page| page as u32).collect();
@@ -375,11 +370,37 @@ impl<'a> Bench<'a> {
         })
     }
 
+    /// Of so many slots one has to be written so that all memory of a page is touched.
+    fn touching(&self) -> usize {
+        let model = self.engine.model();
+        let element = match model.kv_type() {
+            KvType::F32 => 4,
+            KvType::Bf16 => 2,
+        };
+        (MEMORY_PAGE_BYTES / (model.config().heads.head_dim * element)).clamp(1, PAGE_SLOTS)
+    }
+
     /// Pages of one sequence: context from the pool, which wraps around, then its own.
     fn table(&self, sequence: usize, context_pages: usize) -> Vec<u32> {
         let context = (0..context_pages).map(|page| (sequence * context_pages + page) % self.pool);
         let own = self.pool + OWN_PAGES * sequence;
         context.chain(own..own + OWN_PAGES).map(|page| page as u32).collect()
+    }
+
+    /// Time of a pass, after others like it where it is short.
+    fn time(&mut self, pass: &Pass, clock: &mut dyn FnMut() -> Duration) -> Result<Duration, CommError> {
+        let first = clock();
+        self.run(pass)?;
+        let took = clock() - first;
+        if took >= LONG {
+            return Ok(took);
+        }
+        while clock() < first + WARMING {
+            self.run(pass)?;
+        }
+        let before = clock();
+        self.run(pass)?;
+        Ok(clock() - before)
     }
 
     fn run(&mut self, pass: &Pass) -> Result<(), CommError> {

@@ -347,6 +347,37 @@ fn steps(out: &Path) -> anyhow::Result<Vec<usize>> {
     Ok(found)
 }
 
+/// Whose run a folder is, before it has a checkpoint: orders and answers that are found in it are this run's.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Run {
+    /// Digest of the configuration, see [`digest`].
+    config: String,
+}
+
+/// Makes `out` the folder of a run.
+fn begin(out: &Path, config: &str) -> anyhow::Result<()> {
+    let path = out.join("run.json");
+    if path.exists() {
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let run: Run = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        return ensure_same(out, &run.config, config);
+    }
+    std::fs::create_dir_all(out).with_context(|| format!("creating {}", out.display()))?;
+    let run = Run { config: config.to_owned() };
+    std::fs::write(&path, serde_json::to_string_pretty(&run)? + "\n").with_context(|| path.display().to_string())
+}
+
+fn ensure_same(dir: &Path, found: &str, config: &str) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        found == config,
+        "{} was made with another configuration, of the stage or of its data, or by another version: use another `out`, \
+         or start from a checkpoint with `init.checkpoint`",
+        dir.display()
+    );
+    Ok(())
+}
+
 /// The newest checkpoint in `out`, if any: its state, with weights and moments put into `optimizer`.
 ///
 /// # Errors
@@ -357,16 +388,12 @@ pub fn resume(
     config: &str,
     optimizer: &mut Optimizer,
 ) -> anyhow::Result<Option<State>> {
+    begin(out, config)?;
     let Some(step) = steps(out)?.into_iter().max() else { return Ok(None) };
     let dir = folder(out, step);
     let text = std::fs::read_to_string(dir.join("state.json")).with_context(|| format!("{}", dir.display()))?;
     let state: State = serde_json::from_str(&text).with_context(|| format!("{}/state.json", dir.display()))?;
-    anyhow::ensure!(
-        state.config == config,
-        "{} was made with another configuration, of the stage or of its data: use another `out`, or start from it with \
-         `init.checkpoint`",
-        dir.display()
-    );
+    ensure_same(&dir, &state.config, config)?;
     let moments = dir.join("optimizer.safetensors");
     optimizer.weights = read_weights(shape, &dir)?;
     optimizer.first = read_tensors(shape, "first.", &moments)?;

@@ -181,9 +181,7 @@ async fn serve_own(
     };
     let served = host.attend(hello, incoming, over).await;
     join_engine(&runner, engine_thread).await.map_err(WorkerError::Hangs)?;
-    for thread in followers {
-        join_thread("rank", thread).await;
-    }
+    futures::future::join_all(followers.into_iter().map(|thread| join_thread("rank", thread))).await;
     runner.failure().map_or(served, |error| Err(WorkerError::Group(error)))
 }
 
@@ -471,7 +469,11 @@ async fn join_engine(runner: &runner::Handle, thread: JoinHandle<()>) -> Result<
             }
             Ok(())
         }
-        () = runner.hangs().cancelled() => Err(runner.failure().unwrap_or(CommError::Aborted)),
+        () = runner.hangs().cancelled() => {
+            let mut failure = runner.watch_failure();
+            let known = failure.wait_for(Option::is_some).await;
+            Err(known.ok().and_then(|known| known.clone()).unwrap_or(CommError::Aborted))
+        }
     }
 }
 

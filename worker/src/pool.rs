@@ -59,7 +59,7 @@ struct Held {
     dtype: WeightType,
     share: Share,
     model: Arc<Model>,
-    /// Step times of a group that this led: those of the next one with these weights are much the same.
+    /// Step times of a group with these weights: those of the next one are much the same.
     profile: Option<Profile>,
 }
 
@@ -317,7 +317,10 @@ impl Taking {
         }
         let tokenizer = TokenizerFiles::read(&held.dir)?;
         let mut engine = engine(&held.model, limits(&config, &held.model), comm)?;
-        if let (Some(kept), None, false) = (&config.profile_dir, &held.profile, seat.step_times_known) {
+        // What cannot be read is measured.
+        let told = Profile::parse(&seat.profile_json).ok();
+        held.profile = held.profile.take().or(told);
+        if let (Some(kept), None) = (&config.profile_dir, &held.profile) {
             let profile = if ranks == 1 { profile::obtain(&mut engine, kept) } else { profile::measured(&mut engine) };
             held.profile = Some(profile.map_err(WorkerError::Group)?);
         }

@@ -105,7 +105,11 @@ impl Answers {
                 path.display()
             );
             for (line, text) in lines.enumerate() {
-                batches.push(serde_json::from_str(text).with_context(|| format!("{}:{}", path.display(), line + 2))?);
+                let batch: Result<Batch, _> = serde_json::from_str(text);
+                let mut batch = batch.with_context(|| format!("{}:{}", path.display(), line + 2))?;
+                // They are asked again: a server may have more room by now.
+                batch.outcomes.retain(|outcome| outcome.answer.refused.is_none());
+                batches.push(batch);
             }
         }
         let file = File::options().create(true).append(true).open(&path).with_context(|| name(&path))?;
@@ -188,7 +192,11 @@ mod tests {
         assert!(answers.done(Part::Infill, point).is_empty());
         assert!(answers.done(Part::Tasks, Point::threshold(8, 0.8)).is_empty());
         answers.add(batch("b")).unwrap();
-        assert_eq!(Answers::open(path.clone(), &header).unwrap().done(Part::Tasks, point).len(), 2);
+        let mut refused = batch("c");
+        refused.outcomes[0].answer.refused = Some("too long".into());
+        answers.add(refused).unwrap();
+        assert_eq!(answers.done(Part::Tasks, point).len(), 3);
+        assert_eq!(Answers::open(path.clone(), &header).unwrap().done(Part::Tasks, point), HashSet::from(["a", "b"]));
         let other = Header { numerics_id: "other".into(), ..header };
         let error = Answers::open(path, &other).err().unwrap().to_string();
         assert!(error.contains("--out"), "{error}");

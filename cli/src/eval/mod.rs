@@ -20,8 +20,8 @@ use crate::local::{self, Gateway};
 use crate::tls::ClientTlsArgs;
 use crate::{INTERRUPTED, models, output, raw};
 use answers::{Answers, Batch, Header, Part};
-use anyhow::{Context, ensure};
-use ask::{Answer, Asker, Question};
+use anyhow::{Context, bail, ensure};
+use ask::{Asker, Question};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use questions::Case;
@@ -40,6 +40,8 @@ use unmask_trainer::tasks::Task;
 const GRID_BLOCK_SIZE_MAX: u32 = 64;
 /// Questions between two lines of the file of answers.
 const BATCH: usize = 50;
+/// Refused questions that are named, of each part at each point.
+const REFUSALS_TOLD_MAX: usize = 8;
 
 /// Examples for the help.
 pub const EXAMPLES: &str = "Examples:
@@ -282,12 +284,20 @@ async fn answer(asker: &Asker, answers: &mut Answers, part: Part, cases: &[Case]
         1 => format!("{part:?}: autoregressive"),
         size => format!("{part:?}: {}, block {size}, threshold {}", point.name(), point.threshold),
     });
+    let mut refused = 0;
     for cases in open.chunks(BATCH) {
         let questions: Vec<Question> = cases.iter().map(Case::question).collect();
         let start = Instant::now();
         let said = asker.ask(questions, point).await?;
         let seconds = start.elapsed().as_secs_f64();
-        tell_refusals(cases, &said, answers.of(part, point).next().is_none(), &bar)?;
+        for (case, answer) in cases.iter().zip(&said) {
+            if let Some(why) = &answer.refused {
+                refused += 1;
+                if refused <= REFUSALS_TOLD_MAX {
+                    bar.suspend(|| output::note(&format!("{} is refused, and counts as wrong: {why}", case.id)));
+                }
+            }
+        }
         let cases = cases.to_vec();
         bar.inc(cases.len() as u64);
         let outcomes = tokio::task::spawn_blocking(move || questions::judge(&cases, said)).await??;
@@ -296,19 +306,12 @@ async fn answer(asker: &Asker, answers: &mut Answers, part: Part, cases: &[Case]
         answers.add(Batch { part, block_size, threshold, self_speculative, seconds, outcomes })?;
     }
     bar.finish_and_clear();
-    Ok(())
-}
-
-/// Says which questions were refused, for they count as wrong. All of the `first` that are asked: it is not the questions.
-fn tell_refusals(cases: &[Case], said: &[Answer], first: bool, bar: &ProgressBar) -> anyhow::Result<()> {
-    let refused = cases.iter().zip(said).filter_map(|(case, answer)| Some((&case.id, answer.refused.as_ref()?)));
-    let refused: Vec<_> = refused.collect();
-    if let [(_, why), ..] = refused[..] {
-        ensure!(!first || refused.len() < cases.len(), "all questions are refused: {why}");
+    let mut all = answers.of(part, point).flat_map(|batch| &batch.outcomes).map(|outcome| &outcome.answer.refused);
+    if let Some(Some(why)) = all.next()
+        && all.all(Option::is_some)
+    {
+        bail!("all questions are refused: {why}");
     }
-    bar.suspend(|| {
-        refused.iter().for_each(|(id, why)| output::note(&format!("{id} is refused, and counts as wrong: {why}")))
-    });
     Ok(())
 }
 

@@ -110,7 +110,7 @@ mod tests {
         let row = row(point, batches.iter()).unwrap();
         assert_eq!((row.n, row.refused), (3, 1));
         let third = 1.0 / 3.0;
-        assert_eq!((row.pass_rate, row.repetition_rate), (third, third));
+        assert_eq!((row.pass_rate, row.parse_rate, row.repetition_rate), (third, 1.0, third));
         assert_eq!((row.tpf, row.tokens_per_s), (2.5, 2.5));
         assert_eq!(super::row(point, std::iter::empty()), None);
     }

@@ -102,18 +102,12 @@ pub struct Pool {
 }
 
 impl Pool {
-    fn known(&self, slot: &Slot) -> Option<Arc<Measured>> {
+    /// What groups of several ranks need not measure again. One rank may have come to another device, and has not to
+    /// wait for others.
+    fn known(&self, slot: &Slot) -> Option<&Measured> {
         let group = self.placed.get(slot)?;
         let (source, ranks, measured) = self.measured.get(slot)?;
-        (*source == group.source && *ranks == group.ranks.len()).then(|| Arc::clone(measured))
-    }
-
-    /// What a group that has formed has measured, or else one before it with the same weights.
-    fn keep_measured(&mut self, slot: &Slot, fresh: Option<Arc<Measured>>) -> Option<Arc<Measured>> {
-        let measured = fresh.or_else(|| self.known(slot))?;
-        let group = self.placed.get(slot)?;
-        self.measured.insert(slot.clone(), (group.source.clone(), group.ranks.len(), Arc::clone(&measured)));
-        Some(measured)
+        (*ranks > 1 && *source == group.source && *ranks == group.ranks.len()).then_some(&**measured)
     }
 }
 
@@ -148,8 +142,11 @@ impl State {
     ) {
         let worker = self.by_stream(stream).filter(|(_, member)| member.epoch == epoch && member.capacity.is_some());
         let Some((slot, _)) = worker.map(|(id, _)| id.clone()).and_then(|id| self.seat_of(&id)) else { return };
-        let slot = slot.clone();
-        let measured = self.pool.keep_measured(&slot, measured);
+        if let (Some(measured), Some(group)) = (&measured, self.pool.placed.get(slot)) {
+            let kept = (group.source.clone(), group.ranks.len(), Arc::clone(measured));
+            let slot = slot.clone();
+            self.pool.measured.insert(slot, kept);
+        }
         if let Some((_, member)) = self.by_stream(stream) {
             (member.model, member.measured) = (model, measured);
         }
@@ -328,13 +325,14 @@ impl State {
             let capacity = self.members().get(worker).and_then(|member| member.capacity.as_ref());
             capacity.map_or_else(String::new, |capacity| capacity.rank_address.clone())
         };
+        let known = self.pool.known(slot);
         let seat = Seat {
             model: slot.model.clone(),
             path: group.source.path.clone(),
             dtype: group.source.dtype.clone(),
             rank: rank as u32,
             rank_addresses: group.ranks.iter().map(|(worker, _)| address(worker)).collect(),
-            step_times_known: self.pool.known(slot).is_some(),
+            profile_json: known.and_then(|known| serde_json::to_string(&known.profile).ok()).unwrap_or_default(),
         };
         let (group_id, epoch) = (group_id(slot), group.epoch);
         actions.push(Action::Assign { stream, group_id, epoch, seat: Some(seat) });

@@ -2,14 +2,14 @@
 //! itself, because it must not link the engine; a test of the command line holds the two together.
 
 use super::ReadError;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
 /// Tag of the format that is read.
 pub const FORMAT: &str = "profile/1";
 
 /// Measured step times, and of what.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Profile {
     format: String,
@@ -38,7 +38,7 @@ fn one() -> usize {
 }
 
 /// One measured shape of step.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Point {
     /// Rows of the step, all of them scored.
