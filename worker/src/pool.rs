@@ -12,8 +12,8 @@ use crate::service::Serving;
 use crate::{Host, WorkerError, join_engine, join_thread, limits, no_thread, profile, start};
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use tokio::sync::{oneshot, watch};
 use tokio::task::spawn_blocking;
@@ -91,16 +91,16 @@ impl Pooled {
                 changed(&mut orders).await;
                 continue;
             };
-            let (stop, taken_seat) = (Arc::new(AtomicBool::new(false)), seat.clone());
+            let (under_way, taken_seat) = (Arc::new(UnderWay::default()), seat.clone());
             let mut taking = spawn_blocking({
                 let (config, listener, held) = (self.config.clone(), Arc::clone(&self.listener), self.held.take());
-                let (membership, stop) = (Arc::clone(&self.membership), Arc::clone(&stop));
-                move || Taking { config, listener, membership, epoch, seat, stop }.run(held)
+                let (membership, under_way) = (Arc::clone(&self.membership), Arc::clone(&under_way));
+                move || Taking { config, listener, membership, epoch, seat, under_way }.run(held)
             });
             let taken = tokio::select! {
                 taken = &mut taking => taken,
                 () = changed(&mut orders) => {
-                    stop.store(true, Ordering::Release);
+                    under_way.call_off();
                     taking.await
                 }
             };
@@ -109,7 +109,7 @@ impl Pooled {
                 taken
             });
             let left = match taken {
-                Ok(taken) if stop.load(Ordering::Acquire) => taken.give_up().await,
+                Ok(taken) if under_way.is_called_off() => taken.give_up().await,
                 Ok(Taken::Leads { serving, thread, abort }) => {
                     let order = (epoch, &taken_seat);
                     self.lead(order, serving, thread, abort, changed(&mut orders)).await
@@ -121,7 +121,7 @@ impl Pooled {
                 Err(error) => {
                     tracing::warn!(%error, epoch, "no seat in the group");
                     self.membership.stand(epoch, Readiness::Fenced(error.to_string()));
-                    if !stop.load(Ordering::Acquire) {
+                    if !under_way.is_called_off() {
                         changed(&mut orders).await;
                     }
                     Ok(())
@@ -258,6 +258,39 @@ impl Taken {
     }
 }
 
+/// What a seat is taken by, for another thread to call off.
+#[derive(Default)]
+struct UnderWay {
+    off: AtomicBool,
+    /// Of the group, once its ranks have met: they may wait for one that hangs.
+    group: OnceLock<AbortHandle>,
+}
+
+impl UnderWay {
+    fn call_off(&self) {
+        self.off.store(true, Ordering::SeqCst);
+        self.end_group();
+    }
+
+    fn is_called_off(&self) -> bool {
+        self.off.load(Ordering::SeqCst)
+    }
+
+    fn met(&self, group: AbortHandle) {
+        // There is one group to a seat.
+        let _ = self.group.set(group);
+        if self.is_called_off() {
+            self.end_group();
+        }
+    }
+
+    fn end_group(&self) {
+        if let Some(group) = self.group.get() {
+            group.abort();
+        }
+    }
+}
+
 /// Everything that takes long, for a thread that may block.
 struct Taking {
     config: Config,
@@ -265,7 +298,7 @@ struct Taking {
     membership: Arc<Membership>,
     epoch: u64,
     seat: Seat,
-    stop: Arc<AtomicBool>,
+    under_way: Arc<UnderWay>,
 }
 
 impl Taking {
@@ -275,7 +308,8 @@ impl Taking {
             Ok(held) => held,
             Err(error) => return (None, Err(error)),
         };
-        let taken = self.take(&mut held);
+        let off = self.under_way.is_called_off();
+        let taken = if off { Err(WorkerError::Group(CommError::Aborted)) } else { self.take(&mut held) };
         (Some(held), taken)
     }
 
@@ -298,13 +332,15 @@ impl Taking {
     }
 
     fn take(self, held: &mut Held) -> Result<Taken, WorkerError> {
-        let Self { config, listener, epoch, seat, stop, .. } = self;
+        let Self { config, listener, epoch, seat, under_way, .. } = self;
         let Share { rank, ranks } = held.share;
         let mut comm = match ranks {
             1 => None,
-            _ => Some(form(&seat.rank_addresses, rank, epoch, &listener, &stop).map_err(WorkerError::Group)?),
+            _ => Some(form(&seat.rank_addresses, rank, epoch, &listener, &under_way.off).map_err(WorkerError::Group)?),
         };
-        let abort = comm.as_ref().map_or(AbortHandle::Solo, Comm::abort_handle);
+        let group = || comm.as_ref().map_or(AbortHandle::Solo, Comm::abort_handle);
+        let abort = group();
+        under_way.met(group());
         if let Some(comm) = comm.take_if(|_| rank > 0) {
             let (model, (end, ended)) = (Arc::clone(&held.model), oneshot::channel());
             let body = move || {

@@ -1,10 +1,11 @@
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
 use crate::membership::Order;
 use std::time::Instant;
 use tokio::net::TcpListener;
 use tonic::Code;
+use unmask_engine::group::TcpRank;
 use unmask_proto::controllers::Controllers;
 use unmask_proto::v1::worker_service_client::WorkerServiceClient;
 use unmask_proto::v1::{Policy, ResolvedSettings, RunRequest, Seat, policy};
@@ -97,4 +98,34 @@ async fn a_worker_of_the_pool_whose_engine_hangs_takes_no_other_seat() {
         assert!(matches!(hangs, Some(CommError::TimedOut { rank: 0, .. })), "{hangs:?}");
         assert!(host.serving.borrow().is_none());
     }
+}
+
+/// Ranks wait up to ten minutes for one that takes long to load, but not when something else is wanted by then.
+#[tokio::test]
+async fn a_group_that_forms_with_a_rank_that_hangs_is_called_off_by_the_next_order() {
+    let dir = model();
+    let [ours, theirs] = [0, 1].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let addresses = [&ours, &theirs].map(|listener| listener.local_addr().unwrap());
+    let host = Host::new(config(&dir, addresses[0]), Readiness::Spare, None);
+    let end = CancellationToken::new();
+    let pooled = tokio::spawn(Pooled::new(&host, ours).run(end.clone()));
+    let seat = |ranks: usize| Seat {
+        model: "m".into(),
+        path: dir.to_str().unwrap().into(),
+        dtype: "f32".into(),
+        rank_addresses: addresses[..ranks].iter().map(ToString::to_string).collect(),
+        ..Seat::default()
+    };
+    assert!(host.membership.order(Order { epoch: 1, seat: Some(seat(2)) }));
+    // It meets rank 0, and does nothing more.
+    let met = tokio::task::spawn_blocking(move || {
+        let never = std::sync::atomic::AtomicBool::new(false);
+        TcpRank::form(1, 1, &theirs, &addresses, Instant::now() + LIMIT, &never).unwrap()
+    });
+    let _hangs = tokio::time::timeout(LIMIT, met).await.unwrap().unwrap();
+    assert!(host.membership.order(Order { epoch: 2, seat: Some(seat(1)) }));
+    let mut serving = host.serving.subscribe();
+    tokio::time::timeout(LIMIT, serving.wait_for(Option::is_some)).await.expect("it goes on").unwrap();
+    end.cancel();
+    assert_eq!(tokio::time::timeout(LIMIT, pooled).await.unwrap().unwrap(), None);
 }
