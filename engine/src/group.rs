@@ -18,7 +18,7 @@ use wire::{Message, Pass, Start, encode, encode_pass};
 pub struct Pace {
     /// The clock.
     pub now: fn() -> Instant,
-    /// Of a step; rank 0's holds for all ranks.
+    /// Of a step, until another is set; rank 0's holds for all ranks.
     pub step: StepLimit,
     /// Longest silence of rank 0 that a follower accepts, beyond the step it has announced.
     pub idle: Duration,
@@ -33,9 +33,9 @@ pub struct StepLimit {
     pub per_row: Duration,
 }
 
-/// Attending to so many positions counts as a row: rows are timed where they attend to few. Generous: it is the
-/// narrowest models for which attention costs most beside the rest of a row, up to half of this.
-const CONTEXT_OF_A_ROW: u64 = 1024;
+/// Attending to so many positions counts as one more row: rows are timed where they attend to few. It is no more work
+/// than the products of a row, in the bundled model's narrow shape as in larger ones.
+pub const CONTEXT_OF_A_ROW: u64 = 1024;
 
 impl StepLimit {
     /// Of steps of which nothing is known.
@@ -56,6 +56,8 @@ pub struct Rank {
     scratch: Scratch,
     /// First of the pages behind those of requests, for [`Rank::probe`].
     probe_page: u32,
+    /// How long a pass may take.
+    limit: StepLimit,
     /// Of a group; a whole model has nobody to talk to.
     group: Option<Group>,
 }
@@ -82,7 +84,8 @@ impl Rank {
 
     fn new(model: Arc<Model>, pages: usize, rows_max: usize, group: Option<Group>) -> Self {
         let (kv, scratch) = (model.new_kv(pages + probe_pages(rows_max)), model.new_scratch(rows_max));
-        Rank { bans: model.bans(), kv, scratch, probe_page: pages as u32, group, model }
+        let limit = group.as_ref().map_or(StepLimit::UNMEASURED, |group| group.pace.step);
+        Rank { bans: model.bans(), kv, scratch, probe_page: pages as u32, limit, group, model }
     }
 
     /// Rank 0 of a group, which has told the others how large they must be.
@@ -126,7 +129,7 @@ impl Rank {
             self.model.reduce(&self.scratch, &self.bans, pass.draws, records);
             return Ok(());
         };
-        let limit = group.pace.step.of(pass.rows);
+        let limit = self.limit.of(pass.rows);
         encode_pass(pass, limit, &mut group.message);
         let deadline = group.deadline(limit);
         group.comm.broadcast(&mut group.message, deadline)?;
@@ -179,17 +182,19 @@ impl Rank {
         self.lead(&pass, &mut vec![Record::default(); count])
     }
 
+    pub(crate) fn step_limit(&self) -> StepLimit {
+        self.limit
+    }
+
     pub(crate) fn set_step_limit(&mut self, limit: StepLimit) {
-        if let Some(group) = &mut self.group {
-            group.pace.step = limit;
-        }
+        self.limit = limit;
     }
 
     /// Tells the others that the group has ended in order.
     pub(crate) fn stop(&mut self) {
         if let Some(group) = &mut self.group {
             encode(&Message::Stop, &mut group.message);
-            let deadline = group.deadline(group.pace.step.base);
+            let deadline = group.deadline(self.limit.base);
             // Whoever does not hear it finds the connection closed.
             let _ = group.comm.broadcast(&mut group.message, deadline);
         }

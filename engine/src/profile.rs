@@ -243,8 +243,8 @@ pub fn measure(
     let longest = grid.contexts.iter().copied().max().unwrap_or(0);
     assert!(longest <= engine.model().config().context_length, "the model's context ends before {longest} positions");
     let (mut bench, passes) = Bench::new(engine, grid)?;
-    let started = clock();
     assert!(!passes.is_empty() && grid.repeats > 0, "a grid must have shapes");
+    let started = clock();
     let mut taken = vec![Vec::with_capacity(grid.repeats); passes.len()];
     'turns: for turn in 0..grid.repeats {
         for (i, pass) in passes.iter().enumerate() {

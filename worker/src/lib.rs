@@ -72,7 +72,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Longest wait at shutdown for connections to close once their streams have ended.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// Longest wait for the end of a thread that nobody watches: a step of a rank, of many rows.
-const STEP_LIMIT: Duration = Duration::from_secs(30);
+const JOIN_LIMIT: Duration = Duration::from_secs(30);
 /// Between looks whether a thread has ended.
 const JOIN_POLL: Duration = Duration::from_millis(2);
 
@@ -448,9 +448,9 @@ fn limits(config: &Config, model: &Model) -> Limits {
     }
 }
 
-/// Waits for a thread that has been told to end, up to [`STEP_LIMIT`]; whether it did.
+/// Waits for a thread that has been told to end, up to [`JOIN_LIMIT`]; whether it did.
 async fn join_thread(name: &'static str, thread: JoinHandle<()>) -> bool {
-    let ended = tokio::time::timeout(STEP_LIMIT, finished(&thread)).await.is_ok();
+    let ended = tokio::time::timeout(JOIN_LIMIT, finished(&thread)).await.is_ok();
     if !ended {
         tracing::error!(name, "a thread did not end in time");
     } else if thread.join().is_err() {

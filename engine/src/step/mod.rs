@@ -85,7 +85,6 @@ pub struct Engine {
     /// Why the group is over, if it is.
     failure: Option<CommError>,
     limits: Limits,
-    step_limit: StepLimit,
     pulse: Arc<Pulse>,
     pages: Pages,
     /// Requests that wait, those sent back among them: at most `queue_max + active_max`.
@@ -162,7 +161,6 @@ impl Engine {
             rank,
             failure: None,
             limits,
-            step_limit: StepLimit::UNMEASURED,
             pulse: Arc::default(),
             pages: Pages::new(limits.pages, limits.cached_pages),
             queue: Vec::new(),
@@ -200,20 +198,19 @@ impl Engine {
     pub fn probe(&mut self, rows: u32) {
         if self.failure.is_none() {
             let rows = probe_rows(rows.clamp(1, self.limits.rows_max));
-            let _step = self.pulse.step(self.step_limit.of(&rows));
+            let _step = self.pulse.step(self.rank.step_limit().of(&rows));
             self.failure = self.rank.probe(&rows).err();
         }
     }
 
     /// How long a step may take from now on: the other ranks by their clocks, this one by whoever watches its pulse.
     pub fn set_step_limit(&mut self, limit: StepLimit) {
-        self.step_limit = limit;
         self.rank.set_step_limit(limit);
     }
 
     /// How long a step of so many rows may take.
     pub fn step_limit(&self) -> StepLimit {
-        self.step_limit
+        self.rank.step_limit()
     }
 
     /// Signs of life of whoever calls [`Engine::step`].
@@ -226,7 +223,8 @@ impl Engine {
     #[must_use]
     pub fn anew(&self) -> Self {
         let mut engine = Self::new(Arc::clone(self.rank.model()), self.limits);
-        (engine.step_limit, engine.pulse) = (self.step_limit, Arc::clone(&self.pulse));
+        engine.set_step_limit(self.step_limit());
+        engine.pulse = Arc::clone(&self.pulse);
         engine
     }
 
@@ -366,7 +364,7 @@ impl Engine {
         batch.records.clear();
         batch.records.resize(batch.outputs.len(), Record::default());
         let Batch { ids, rows, outputs, draws, wanted, records, .. } = batch;
-        let _step = self.pulse.step(self.step_limit.of(rows));
+        let _step = self.pulse.step(self.rank.step_limit().of(rows));
         self.rank.lead(&Pass { ids, rows, tables: &tables, outputs, draws, wanted }, records)
     }
 
